@@ -1,0 +1,44 @@
+//! The objects of `berth.dev/v1alpha1`, the single source of the CRDs in `crds/`.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `bot_container.rs` | desired and observed state of one bot's container |
+//! | `bot_snapshot.rs` | one saved version of a bot's writable layer |
+//! | `bot_record.rs` | what outlives a BotContainer, one per botId and namespace |
+//! | `bot_node.rs` | what one agent says of its node |
+//! | `condition.rs` | every condition type and reason, with what a user should do |
+//! | `ids.rs` | names and ids as types whose limits hold by construction |
+//! | `crd.rs` | derives the CRDs: schema, bounds, CEL rules |
+//!
+//! `///` on the types is for users, `kubectl explain` prints it; `//` below it is for us.
+
+pub mod bot_container;
+pub mod bot_node;
+pub mod bot_record;
+pub mod bot_snapshot;
+pub mod condition;
+pub mod crd;
+pub mod ids;
+
+pub use bot_container::{BotContainer, BotContainerSpec, BotContainerStatus};
+pub use bot_node::{BotNode, BotNodeSpec, BotNodeStatus};
+pub use bot_record::{BotRecord, BotRecordSpec};
+pub use bot_snapshot::{BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
+
+/// The API group of every Berth object.
+pub const GROUP: &str = "berth.dev";
+
+/// Held by the controller on a BotContainer until its node has nothing of it left.
+pub const FINALIZER: &str = "berth.dev/bot";
+
+/// Namespace of the controller's leader Lease, unless a flag says otherwise.
+pub const SYSTEM_NAMESPACE: &str = "berth-system";
+
+/// Namespace of the agents' heartbeat Leases, one a node, named as the node.
+pub const NODE_LEASE_NAMESPACE: &str = "berth-node-lease";
+
+/// Field manager of everything that the controller applies.
+pub const CONTROLLER: &str = "berth-controller";
+
+/// Field manager of everything that an agent applies.
+pub const AGENT: &str = "berth-agent";

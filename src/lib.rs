@@ -1,0 +1,23 @@
+//! Berth: declared AI bots on Kubernetes, run directly on containerd.
+//!
+//! ```text
+//! main.rs ── controller/   placement, finalizers, BotRecords, node loss           (cluster-wide, leader-elected)
+//!        └── agent/        observe -> plan -> step, for the bots of one node      (DaemonSet)
+//!                ├── containerd/  the gRPC way to containerd
+//!                ├── image/       references, registries, pull, unpack, collection
+//!                ├── oci/         image config + spec -> OCI runtime spec         (pure)
+//!                ├── network/     network namespaces, CNI, nftables, resolv.conf
+//!                └── output/      the logger that lives beside the shim
+//! api/        the objects, their conditions and CRDs: the single source
+//! telemetry   logs, metrics, health
+//! ```
+
+pub mod agent;
+pub mod api;
+pub mod containerd;
+pub mod controller;
+pub mod image;
+pub mod network;
+pub mod oci;
+pub mod output;
+pub mod telemetry;
