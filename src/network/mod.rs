@@ -452,7 +452,8 @@ impl Inner {
     async fn take_down(&self, id: &ContainerId, recorded: &Recorded) -> Result<(), NetworkError> {
         let path = self.netns(id);
         // While the address is still the bot's own: afterwards the elements could be another's.
-        self.rules.remove(id, || self.members()).await?;
+        let bridged = matches!(recorded, Recorded::Record(Record { stage: Stage::Bridged(_), .. }));
+        self.rules.remove(id, bridged, || self.members()).await?;
 
         let loopback_only = matches!(recorded, Recorded::Record(Record { stage: Stage::Loopback { .. }, .. }));
         if !loopback_only {
@@ -466,7 +467,11 @@ impl Inner {
                 let error = crate::api::condition::chain(error);
                 tracing::warn!(bot = %id, error, "the plugin did not take the network down; doing it by hand");
             }
-            if let Recorded::Record(Record { boot, stage: Stage::Bridged(bridged), .. }) = recorded
+            let bridged = match recorded {
+                Recorded::Record(Record { boot, stage: Stage::Bridged(bridged), .. }) => Some((boot, bridged)),
+                _ => None,
+            };
+            if let Some((boot, bridged)) = bridged
                 && *boot == self.boot
             {
                 let name = &bridged.host_interface;
@@ -475,10 +480,8 @@ impl Inner {
                     netlink::delete_link(bridged.host_index).map_err(interface_failed("remove", name))?;
                 }
             }
-            if deleted.is_err() {
-                let (leases, own) = (self.leases.clone(), id.clone());
-                blocking(&self.leases.directory, move || leases.free(&own)).await?;
-            }
+            let (leases, own, address) = (self.leases.clone(), id.clone(), bridged.map(|(_, b)| b.address));
+            blocking(&self.leases.directory, move || leases.free(&own, address)).await?;
         }
         namespace::remove(&path).map_err(namespace_failed("remove", &path))?;
         self.records.remove(id).map_err(storage("remove", &self.records.path(id)))?;

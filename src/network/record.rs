@@ -138,14 +138,10 @@ impl Leases {
         for (name, given) in files(&self.directory)? {
             // Beside the leases lie a lock and the last address given.
             let Ok(address) = name.parse() else { continue };
-            let mut content = Vec::new();
-            match std::fs::File::open(self.directory.join(&name)) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
-                opened => opened?.take(256).read_to_end(&mut content)?,
-            };
-            let content = String::from_utf8_lossy(&content);
-            let holder = content.lines().next().and_then(|line| ContainerId::uid_of(line.trim()));
-            found.push(Lease { address, holder, given });
+            // Freed since it was listed: no lease.
+            if let Some(holder) = self.read(&name)? {
+                found.push(Lease { address, holder, given });
+            }
         }
         Ok(found)
     }
@@ -155,24 +151,37 @@ impl Leases {
         Ok(self.list()?.iter().filter(|lease| ours(lease)).map(|lease| lease.address).collect())
     }
 
-    /// Frees what a bot holds, for when the plugin would not. Blocks while host-local holds its lock, which it does for
-    /// the time of one look at the directory.
-    pub(super) fn free(&self, id: &ContainerId) -> io::Result<()> {
-        if self.of(id)?.is_empty() {
+    /// Whether a bot holds this address.
+    fn holds(&self, id: &ContainerId, address: Ipv4Addr) -> io::Result<bool> {
+        Ok(self.read(&address.to_string())?.is_some_and(|holder| holder.is_some_and(|uid| uid.container_id() == *id)))
+    }
+
+    /// Whose lease a file is: `None` when there is no such file.
+    fn read(&self, name: &str) -> io::Result<Option<Option<BotUid>>> {
+        let mut content = Vec::new();
+        match std::fs::File::open(self.directory.join(name)) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?.take(256).read_to_end(&mut content)?,
+        };
+        let content = String::from_utf8_lossy(&content);
+        Ok(Some(content.lines().next().and_then(|line| ContainerId::uid_of(line.trim()))))
+    }
+
+    /// Frees what a bot still holds after the plugin should have freed it. A bot has one address; where it is known, one
+    /// look suffices. Blocks while host-local holds its lock, which it does for the time of one look at the directory.
+    pub(super) fn free(&self, id: &ContainerId, address: Option<Ipv4Addr>) -> io::Result<()> {
+        let held = || match address {
+            Some(address) => Ok(if self.holds(id, address)? { vec![address] } else { Vec::new() }),
+            None => self.of(id),
+        };
+        if held()?.is_empty() {
             return Ok(());
         }
-        let lock = match std::fs::File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(self.directory.join("lock"))
-        {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            opened => opened?,
-        };
+        tracing::warn!(bot = %id, "the plugin did not free the bot's address; freeing it by hand");
+        let lock = self.directory.join("lock");
+        let lock = std::fs::File::options().read(true).write(true).create(true).truncate(false).open(lock)?;
         flock(&lock, FlockOperation::LockExclusive)?;
-        for address in self.of(id)? {
+        for address in held()? {
             remove_file(&self.directory.join(address.to_string()))?;
         }
         Ok(())

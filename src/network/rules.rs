@@ -221,16 +221,21 @@ pub(super) struct Rules {
 struct Loaded {
     cidr: Option<Cidr>,
     groups: HashMap<String, u32>,
+    /// The highest number given.
+    last_group: u32,
     ports: BTreeMap<ContainerId, Port>,
     /// Being taken down: still recorded, but to be kept out of the rules.
     leaving: HashSet<ContainerId>,
 }
 
 impl Loaded {
-    /// The number of a namespace. Never given twice between two full loads, so nothing stale can point to another.
+    /// The number of a namespace. Never given twice by one process, so nothing stale can point to another namespace.
     fn group(&mut self, namespace: &str) -> u32 {
-        let next = self.groups.len() as u32 + 1;
-        *self.groups.entry(namespace.to_owned()).or_insert(next)
+        let last = &mut self.last_group;
+        *self.groups.entry(namespace.to_owned()).or_insert_with(|| {
+            *last += 1;
+            *last
+        })
     }
 
     fn port(&mut self, member: &Member) -> Port {
@@ -259,8 +264,11 @@ impl Rules {
         self.load_locked(&mut loaded, cidr, recorded()?).await
     }
 
-    async fn load_locked(&self, loaded: &mut Loaded, cidr: Cidr, members: Vec<Member>) -> Result<(), NetworkError> {
-        let mut fresh = Loaded { cidr: Some(cidr), ..Loaded::default() };
+    async fn load_locked(&self, loaded: &mut Loaded, cidr: Cidr, mut members: Vec<Member>) -> Result<(), NetworkError> {
+        members.sort_by(|a, b| a.id.cmp(&b.id));
+        let mut groups = loaded.groups.clone();
+        groups.retain(|namespace, _| members.iter().any(|m| m.namespace == *namespace));
+        let mut fresh = Loaded { cidr: Some(cidr), groups, last_group: loaded.last_group, ..Loaded::default() };
         let (mut interfaces, mut addresses) = (HashSet::new(), HashSet::new());
         for member in members.iter().filter(|m| !loaded.leaving.contains(&m.id)) {
             // One veth, one address, one bot. Records that say otherwise were tampered with; they must not make nft
@@ -307,24 +315,30 @@ impl Rules {
 
     /// Shuts a bot out, and keeps it out of full loads until [`Rules::forget`]. To be called while the address is still
     /// the bot's own.
+    ///
+    /// `expected` says whether the kernel may have elements of it: another process of ours may have loaded them.
     pub(super) async fn remove(
         &self,
         id: &ContainerId,
+        expected: bool,
         recorded: impl Fn() -> Result<Vec<Member>, NetworkError>,
     ) -> Result<(), NetworkError> {
         let mut loaded = self.loaded.lock().await;
         loaded.leaving.insert(id.clone());
-        let Some(port) = loaded.ports.remove(id) else { return Ok(()) };
-        match netlink::change_elements(&table(&self.bridge), &port.elements(), false) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                tracing::warn!(bot = %id, %error, "packet rules were not as loaded; loading them anew");
-                match loaded.cidr {
-                    Some(cidr) => self.load_locked(&mut loaded, cidr, recorded()?).await,
-                    // A load failed before and will be tried again before anyone is let in.
-                    None => Ok(()),
+        match loaded.ports.remove(id) {
+            Some(port) => match netlink::change_elements(&table(&self.bridge), &port.elements(), false) {
+                Ok(()) => return Ok(()),
+                Err(error) => {
+                    tracing::warn!(bot = %id, %error, "packet rules were not as loaded; loading them anew");
                 }
-            }
+            },
+            None if !expected => return Ok(()),
+            None => {}
+        }
+        match loaded.cidr {
+            Some(cidr) => self.load_locked(&mut loaded, cidr, recorded()?).await,
+            // Nothing was loaded by this process yet; the first load leaves this bot out, before anyone is let in.
+            None => Ok(()),
         }
     }
 
