@@ -4,7 +4,11 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use berth::controller::ControllerArgs;
+use berth::telemetry::{LogFormat, init_logs};
 use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 /// Declared AI bots on Kubernetes, run directly on containerd.
 #[derive(Debug, Parser)]
@@ -12,6 +16,14 @@ use clap::{Parser, Subcommand};
 struct Command {
     #[command(subcommand)]
     part: Part,
+
+    /// How log lines look.
+    #[arg(long, env = "BERTH_LOG_FORMAT", value_enum, default_value_t, global = true)]
+    log_format: LogFormat,
+
+    /// What is logged, in the syntax of RUST_LOG.
+    #[arg(long, env = "BERTH_LOG", value_name = "FILTER", default_value = "info", global = true)]
+    log: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -22,12 +34,15 @@ enum Part {
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },
+    /// Place bots on nodes, hold their finalizers and records, watch over nodes. Several may run; one leads.
+    Controller(ControllerArgs),
 }
 
 fn main() -> ExitCode {
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
+        Part::Controller(args) => serve(command.log_format, &command.log, |stop| berth::controller::run(args, stop)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -37,6 +52,31 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Runs a part that serves until SIGTERM or SIGINT.
+fn serve<F>(format: LogFormat, filter: &str, part: impl FnOnce(CancellationToken) -> F) -> anyhow::Result<()>
+where
+    F: Future<Output = anyhow::Result<()>>,
+{
+    use anyhow::Context;
+    init_logs(format, filter)?;
+    // An error means that a provider is there already, which serves as well.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start tokio")?;
+    runtime.block_on(async {
+        let stop = CancellationToken::new();
+        let mut term = signal(SignalKind::terminate()).context("can't listen to SIGTERM")?;
+        let mut int = signal(SignalKind::interrupt()).context("can't listen to SIGINT")?;
+        let signalled = stop.clone();
+        tokio::spawn(async move {
+            // Cancel-safe: a signal is told once, and the first of the two ends this.
+            let name = tokio::select! { _ = term.recv() => "SIGTERM", _ = int.recv() => "SIGINT" };
+            tracing::info!(signal = name, "stopping");
+            signalled.cancel();
+        });
+        part(stop).await
+    })
 }
 
 fn write_crds(dir: Option<PathBuf>) -> anyhow::Result<()> {

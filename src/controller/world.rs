@@ -1,0 +1,605 @@
+//! What the controller knows: the objects as last seen, by a watch or in the answer to its own write, and what follows
+//! from them (which bot sits where, what each node carries). No IO; time is an argument.
+//!
+//! An object replaces an older one of the same uid only: resourceVersions of one kind are comparable (KEP-5504, stable
+//! in Kubernetes 1.35), so an answer to our own write is never taken back by a watch that is behind. Every change
+//! returns the keys that should be looked at.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+
+use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
+
+use super::bot::{bound_to, home};
+use super::node::{Heartbeat, NodeState, candidate, state};
+use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
+use super::record::{Hold, bot_id, hold};
+use super::{Key, Name};
+
+/// Where a bot sits in the accounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seat {
+    node: String,
+    amount: Amount,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct World {
+    bots: HashMap<Name, Arc<BotContainer>>,
+    /// BotContainers by namespace and botId.
+    by_id: HashMap<Name, BTreeSet<String>>,
+    unbound: BTreeSet<Name>,
+    /// Decided, not yet seen in the API.
+    reserved: HashMap<Name, String>,
+    seats: HashMap<Name, Seat>,
+    by_node: HashMap<String, BTreeSet<Name>>,
+    load: Load,
+    records: HashMap<Name, Arc<BotRecord>>,
+    /// Since when neither bot nor snapshot of a record is there.
+    vanished: HashMap<Name, Instant>,
+    snapshots: HashMap<Name, String>,
+    /// How many snapshots a botId of a namespace has.
+    kept: HashMap<Name, usize>,
+    bot_nodes: HashMap<String, Arc<BotNode>>,
+    nodes: HashMap<String, Arc<Node>>,
+    beats: HashMap<String, Heartbeat>,
+    /// The state of each node with a heartbeat, as its bots were last told.
+    told: HashMap<String, NodeState>,
+    candidates: BTreeMap<String, Candidate>,
+    classes: HashMap<String, RuntimeClass>,
+    rephrased: HashMap<Name, Instant>,
+    claims: HashMap<Name, Instant>,
+}
+
+fn name_of(object: &impl ResourceExt) -> Name {
+    Name { namespace: object.namespace().unwrap_or_default(), name: object.name_any() }
+}
+
+/// Whether `new` is newer than what is known of the same object, or of another of its name.
+fn newer<K: ResourceExt>(known: Option<&Arc<K>>, new: &K) -> bool {
+    let version = |object: &K| object.resource_version().and_then(|v| v.parse::<u128>().ok());
+    match known {
+        None => true,
+        Some(known) if known.uid() != new.uid() => {
+            // Two uids of one name: the one made later is the one that is there.
+            version(new) > version(known)
+        }
+        Some(known) => match (version(known), version(new)) {
+            (Some(old), Some(new)) => new > old,
+            _ => true,
+        },
+    }
+}
+
+impl World {
+    // --- bots
+
+    /// A bot was seen.
+    pub fn saw_bot(&mut self, mut bot: BotContainer, now: Instant) -> Vec<Key> {
+        let name = name_of(&bot);
+        let known = self.bots.get(&name);
+        if !newer(known, &bot) {
+            return Vec::new();
+        }
+        let mut keys = Vec::new();
+        if known.is_some_and(|k| k.uid() != bot.uid()) {
+            keys.extend(self.bot_gone(&name, None));
+        }
+        strip(&mut bot);
+        let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
+        self.by_id.entry(id).or_default().insert(name.name.clone());
+        match bound_to(&bot) {
+            Some(node) => {
+                self.unbound.remove(&name);
+                self.reserved.remove(&name);
+                let node = node.to_owned();
+                self.beats.entry(node.clone()).or_insert_with(|| {
+                    keys.push(Key::Node(node));
+                    Heartbeat::new(now)
+                });
+            }
+            None => {
+                self.unbound.insert(name.clone());
+            }
+        }
+        self.bots.insert(name.clone(), Arc::new(bot));
+        keys.push(Key::Bot(name.clone()));
+        keys.extend(self.reseat(&name));
+        keys
+    }
+
+    /// A bot is gone; with `uid`, only if it is that one.
+    pub fn bot_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+        if self.bots.get(name).is_none_or(|b| uid.is_some() && b.uid().as_deref() != uid) {
+            return Vec::new();
+        }
+        let Some(bot) = self.bots.remove(name) else { return Vec::new() };
+        let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
+        let mut keys = vec![Key::Record(id.clone())];
+        if let Some(names) = self.by_id.get_mut(&id) {
+            names.remove(&name.name);
+            keys.extend(names.iter().map(|n| Key::Bot(Name { namespace: name.namespace.clone(), name: n.clone() })));
+            if names.is_empty() {
+                self.by_id.remove(&id);
+            }
+        }
+        self.unbound.remove(name);
+        self.reserved.remove(name);
+        self.rephrased.remove(name);
+        self.claims.remove(name);
+        keys.extend(self.reseat(name));
+        keys
+    }
+
+    /// Puts a bot's seat right in the accounts; wakes those who wait for room when some became free.
+    fn reseat(&mut self, name: &Name) -> Option<Key> {
+        let seat = self.bots.get(name).and_then(|bot| {
+            let hold = self.hold(name, bot);
+            let node = home(bot, &hold).map(str::to_owned).or_else(|| self.reserved.get(name).cloned())?;
+            // What can't be counted was refused at placement; bound all the same, it is one bot.
+            let fallback = || requests(&bot.spec).unwrap_or(Amount { bots: 1, ..Amount::default() });
+            let amount = Ask::new(bot, self.class(bot)).map_or_else(|_| fallback(), |ask| ask.amount());
+            Some(Seat { node, amount })
+        });
+        if self.seats.get(name) == seat.as_ref() {
+            return None;
+        }
+        let freed = self.seats.remove(name).is_some_and(|old| {
+            if let Some(load) = self.load.get_mut(&old.node) {
+                *load -= old.amount;
+            }
+            if let Some(names) = self.by_node.get_mut(&old.node) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.by_node.remove(&old.node);
+                    self.load.remove(&old.node);
+                }
+            }
+            true
+        });
+        if let Some(seat) = seat {
+            *self.load.entry(seat.node.clone()).or_default() += seat.amount;
+            self.by_node.entry(seat.node.clone()).or_default().insert(name.clone());
+            self.seats.insert(name.clone(), seat);
+        }
+        (freed && !self.unbound.is_empty()).then_some(Key::Pending)
+    }
+
+    fn class(&self, bot: &BotContainer) -> Option<&RuntimeClass> {
+        self.classes.get(bot.spec.runtime_class_name.as_deref()?)
+    }
+
+    fn hold(&self, name: &Name, bot: &BotContainer) -> Hold {
+        let id = Name { namespace: name.namespace.clone(), name: bot_id(bot) };
+        let uid = bot.uid().unwrap_or_default();
+        hold(&uid, self.records.get(&id).map(|r| &**r), |holder| {
+            let holder_name = Name { namespace: name.namespace.clone(), name: holder.name.clone() };
+            self.bots.get(&holder_name).is_some_and(|b| b.uid().as_deref() == Some(&holder.uid))
+        })
+    }
+
+    /// A bot, its record, and how it stands to record and node.
+    #[allow(clippy::type_complexity)]
+    pub fn view(
+        &mut self,
+        name: &Name,
+        now: Instant,
+    ) -> Option<(Arc<BotContainer>, Option<Arc<BotRecord>>, (Hold, Option<NodeState>))> {
+        let bot = self.bots.get(name)?.clone();
+        let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
+        let hold = self.hold(name, &bot);
+        let node = home(&bot, &hold).or(match &hold {
+            Hold::Free(node) => node.as_deref(),
+            _ => None,
+        });
+        let state = node.map(|node| self.state(node, now));
+        Some((bot, self.records.get(&id).cloned(), (hold, state)))
+    }
+
+    /// The node for a bot, or why none fits. A node decided on before is kept if it still fits.
+    pub fn place(
+        &mut self,
+        name: &Name,
+        bot: &BotContainer,
+        layer: Option<&str>,
+        now: Instant,
+    ) -> Result<String, String> {
+        let mut ask = Ask::new(bot, self.class(bot)).map_err(|bad| bad.to_string())?;
+        if let Some(node) = layer {
+            let elsewhere = bot.spec.node_name.as_deref().filter(|wanted| *wanted != node);
+            if let Some(wanted) = elsewhere {
+                return Err(format!("spec.nodeName asks for {wanted}, where it is not"));
+            }
+            ask = ask.only_on(node);
+        }
+        self.refresh_expired(now);
+        let before = self.reserved.remove(name);
+        let _ = self.reseat(name);
+        if let Some(candidate) = before.as_ref().and_then(|node| self.candidates.get(node))
+            && let Ok(node) = place(&ask, [candidate], &self.load)
+        {
+            return Ok(node);
+        }
+        place(&ask, self.candidates.values(), &self.load).map_err(|refusals| explain(&refusals, &ask))
+    }
+
+    /// Counts a bot on the node that was decided for it, or on none.
+    pub fn reserve(&mut self, name: &Name, bot: &BotContainer, node: Option<&String>) {
+        match node.filter(|_| bound_to(bot).is_none()) {
+            Some(node) => self.reserved.insert(name.clone(), node.clone()),
+            None => self.reserved.remove(name),
+        };
+        let _ = self.reseat(name);
+    }
+
+    /// Decides for all that wait, oldest first, so that room which became free goes to who waited longest; the bots to
+    /// look at, in that order.
+    pub fn place_waiting(&mut self, now: Instant) -> Vec<Key> {
+        let mut waiting: Vec<_> =
+            self.unbound.iter().filter_map(|n| Some((self.bots.get(n)?.clone(), n.clone()))).collect();
+        waiting.sort_by(|(a, an), (b, bn)| (a.creation_timestamp(), an).cmp(&(b.creation_timestamp(), bn)));
+        for (bot, name) in &waiting {
+            let free = match self.hold(name, bot) {
+                Hold::None | Hold::Free(None) | Hold::Mine(None) => true,
+                // Bound to the node of its layer, by its own reconcile.
+                Hold::Free(Some(_)) | Hold::Mine(Some(_)) | Hold::Other(_) => false,
+            };
+            if free
+                && bot.metadata.deletion_timestamp.is_none()
+                && let Ok(node) = self.place(name, bot, None, now)
+            {
+                self.reserve(name, bot, Some(&node));
+            }
+        }
+        waiting.into_iter().map(|(_, name)| Key::Bot(name)).collect()
+    }
+
+    /// When a message that alone changed may be written again; `None`: now.
+    pub fn rephrase_at(&self, name: &Name, now: Instant, every: Duration) -> Option<Instant> {
+        self.rephrased.get(name).map(|at| *at + every).filter(|at| *at > now)
+    }
+
+    /// A message was written.
+    pub fn rephrased(&mut self, name: &Name, now: Instant) {
+        self.rephrased.insert(name.clone(), now);
+    }
+
+    /// When a bot may be claimed again; `None`: now, and now counts as the last time.
+    pub fn claim_at(&mut self, name: &Name, now: Instant, every: Duration) -> Option<Instant> {
+        let at = self.claims.get(name).map(|at| *at + every).filter(|at| *at > now);
+        if at.is_none() {
+            self.claims.insert(name.clone(), now);
+        }
+        at
+    }
+
+    // --- records and snapshots
+
+    /// A record was seen.
+    pub fn saw_record(&mut self, mut record: BotRecord) -> Vec<Key> {
+        let name = name_of(&record);
+        if !newer(self.records.get(&name), &record) {
+            return Vec::new();
+        }
+        record.metadata.managed_fields = None;
+        self.records.insert(name.clone(), Arc::new(record));
+        self.record_changed(name)
+    }
+
+    /// A record is gone; with `uid`, only if it is that one.
+    pub fn record_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+        if self.records.get(name).is_none_or(|r| uid.is_some() && r.uid().as_deref() != uid) {
+            return Vec::new();
+        }
+        self.records.remove(name);
+        self.vanished.remove(name);
+        self.record_changed(name.clone())
+    }
+
+    fn record_changed(&mut self, id: Name) -> Vec<Key> {
+        let bots: Vec<Name> = self
+            .by_id
+            .get(&id)
+            .into_iter()
+            .flatten()
+            .map(|n| Name { namespace: id.namespace.clone(), name: n.clone() })
+            .collect();
+        let mut keys = Vec::new();
+        for bot in &bots {
+            keys.extend(self.reseat(bot));
+        }
+        keys.extend(bots.into_iter().map(Key::Bot));
+        keys.push(Key::Record(id));
+        keys
+    }
+
+    /// A record as last seen.
+    pub fn record(&self, name: &Name) -> Option<Arc<BotRecord>> {
+        self.records.get(name).cloned()
+    }
+
+    /// How many BotContainers have the botId of a record.
+    pub fn bots_of(&self, record: &BotRecord) -> usize {
+        self.by_id.get(&name_of(record)).map_or(0, BTreeSet::len)
+    }
+
+    /// Whether a snapshot of a record's botId was seen.
+    pub fn has_snapshots(&self, record: &BotRecord) -> bool {
+        self.kept.get(&name_of(record)).is_some_and(|n| *n > 0)
+    }
+
+    /// Since when nothing of a record's bot is there.
+    pub fn vanished(&mut self, name: &Name, is_so: bool, now: Instant) -> Instant {
+        if is_so {
+            *self.vanished.entry(name.clone()).or_insert(now)
+        } else {
+            self.vanished.remove(name);
+            now
+        }
+    }
+
+    /// A snapshot was seen.
+    pub fn saw_snapshot(&mut self, snapshot: &BotSnapshot) -> Vec<Key> {
+        let name = name_of(snapshot);
+        let id = snapshot.status.as_ref().and_then(|s| s.bot_id.clone());
+        if self.snapshots.get(&name) == id.as_ref() {
+            return Vec::new();
+        }
+        let keys = self.snapshot_gone(&name);
+        if let Some(id) = id {
+            *self.kept.entry(Name { namespace: name.namespace.clone(), name: id.clone() }).or_default() += 1;
+            self.snapshots.insert(name, id);
+        }
+        keys
+    }
+
+    /// A snapshot is gone.
+    pub fn snapshot_gone(&mut self, name: &Name) -> Vec<Key> {
+        let Some(id) = self.snapshots.remove(name) else { return Vec::new() };
+        let id = Name { namespace: name.namespace.clone(), name: id };
+        if let Some(n) = self.kept.get_mut(&id) {
+            *n = n.saturating_sub(1);
+            if *n == 0 {
+                self.kept.remove(&id);
+            }
+        }
+        vec![Key::Record(id)]
+    }
+
+    // --- nodes
+
+    /// A BotNode was seen.
+    pub fn saw_bot_node(&mut self, mut bot_node: BotNode, now: Instant) -> Vec<Key> {
+        let name = bot_node.name_any();
+        if !newer(self.bot_nodes.get(&name), &bot_node) {
+            return Vec::new();
+        }
+        bot_node.metadata.managed_fields = None;
+        self.beats.entry(name.clone()).or_insert_with(|| Heartbeat::new(now));
+        self.bot_nodes.insert(name.clone(), Arc::new(bot_node));
+        self.node_changed(name, now)
+    }
+
+    /// A BotNode is gone. Others may wait for its CIDR.
+    pub fn bot_node_gone(&mut self, name: &str, now: Instant) -> Vec<Key> {
+        self.bot_nodes.remove(name);
+        let mut keys = self.node_changed(name.to_owned(), now);
+        keys.extend(self.bot_nodes.values().filter(|n| n.spec.bot_cidr.is_none()).map(|n| Key::Node(n.name_any())));
+        keys
+    }
+
+    /// A Node was seen.
+    pub fn saw_node(&mut self, mut node: Node, now: Instant) -> Vec<Key> {
+        let name = node.name_any();
+        if !newer(self.nodes.get(&name), &node) {
+            return Vec::new();
+        }
+        node.metadata.managed_fields = None;
+        node.status = None;
+        self.nodes.insert(name.clone(), Arc::new(node));
+        self.node_changed(name, now)
+    }
+
+    /// A Node is gone.
+    pub fn node_gone(&mut self, name: &str, now: Instant) -> Vec<Key> {
+        self.nodes.remove(name);
+        self.node_changed(name.to_owned(), now)
+    }
+
+    /// A Lease of an agent was seen; `live`: by the watch, not in a list.
+    pub fn saw_lease(&mut self, lease: Lease, live: bool, now: Instant) -> Vec<Key> {
+        let name = lease.name_any();
+        self.beats.entry(name.clone()).or_insert_with(|| Heartbeat::new(now)).observe(&lease, live, now);
+        // A renewal changes nothing but the time that the timer finds when it fires.
+        let alive = matches!(self.told.get(&name), Some(NodeState::Alive));
+        let mut keys: Vec<Key> = self.refresh(&name, now).into_iter().collect();
+        if !alive {
+            keys.push(Key::Node(name));
+        }
+        keys
+    }
+
+    /// A Lease of an agent is gone.
+    pub fn lease_gone(&mut self, name: &str, now: Instant) -> Vec<Key> {
+        if let Some(beat) = self.beats.get_mut(name) {
+            beat.lease_deleted();
+        }
+        self.node_changed(name.to_owned(), now)
+    }
+
+    fn node_changed(&mut self, name: String, now: Instant) -> Vec<Key> {
+        let mut keys = vec![Key::Node(name.clone())];
+        keys.extend(self.refresh(&name, now));
+        keys
+    }
+
+    /// Sees a node anew as the placement does; wakes those who wait when it looks different.
+    fn refresh(&mut self, name: &str, now: Instant) -> Option<Key> {
+        let fresh = self.bot_nodes.get(name).map(|bot_node| {
+            let node = self.nodes.get(name).map(|n| &**n);
+            candidate(bot_node, node, self.beats.get(name), now, Timestamp::now())
+        });
+        if self.candidates.get(name) == fresh.as_ref() {
+            return None;
+        }
+        match fresh {
+            Some(fresh) => self.candidates.insert(name.to_owned(), fresh),
+            None => self.candidates.remove(name),
+        };
+        (!self.unbound.is_empty()).then_some(Key::Pending)
+    }
+
+    fn refresh_expired(&mut self, now: Instant) {
+        let late: Vec<String> = self
+            .candidates
+            .values()
+            .filter(|c| c.not_ready.is_none() && self.beats.get(&c.name).is_none_or(|b| now >= b.expires()))
+            .map(|c| c.name.clone())
+            .collect();
+        for name in late {
+            let _ = self.refresh(&name, now);
+        }
+    }
+
+    fn state(&self, name: &str, now: Instant) -> NodeState {
+        let bot_node = self.bot_nodes.get(name).map(|n| &**n);
+        let node = self.nodes.get(name).map(|n| &**n);
+        match self.beats.get(name) {
+            Some(beat) => state(name, bot_node, node, beat, now),
+            None => state(name, bot_node, node, &Heartbeat::new(now), now),
+        }
+    }
+
+    /// Whether a node's Lease is fresh.
+    pub fn is_alive(&self, name: &str, now: Instant) -> bool {
+        self.state(name, now) == NodeState::Alive
+    }
+
+    /// Judges a node; wakes its bots when its state is another than they were told. Also when it has to be judged again.
+    pub fn look_at_node(&mut self, name: &str, now: Instant) -> (Vec<Key>, Option<Instant>) {
+        let mut keys: Vec<Key> = self.refresh(name, now).into_iter().collect();
+        let used = self.bot_nodes.contains_key(name) || self.by_node.contains_key(name);
+        let Some(beat) = self.beats.get(name).filter(|_| used) else {
+            // Nobody needs it; its Lease, if it comes back, is a first sight again.
+            self.beats.remove(name);
+            self.told.remove(name);
+            return (keys, None);
+        };
+        let expires = beat.expires();
+        let state = self.state(name, now);
+        let again = (state == NodeState::Alive).then_some(expires);
+        if self.told.get(name) != Some(&state) {
+            if state != NodeState::Alive {
+                tracing::warn!(node = name, ?state, "node lost");
+            }
+            keys.extend(self.by_node.get(name).into_iter().flatten().cloned().map(Key::Bot));
+            self.told.insert(name.to_owned(), state);
+        }
+        (keys, again)
+    }
+
+    /// A BotNode as last seen.
+    pub fn bot_node(&self, name: &str) -> Option<Arc<BotNode>> {
+        self.bot_nodes.get(name).cloned()
+    }
+
+    /// A Node as last seen.
+    pub fn node(&self, name: &str) -> Option<Arc<Node>> {
+        self.nodes.get(name).cloned()
+    }
+
+    /// A RuntimeClass was seen.
+    pub fn saw_class(&mut self, class: RuntimeClass) -> Vec<Key> {
+        self.classes.insert(class.name_any(), class);
+        vec![Key::Pending]
+    }
+
+    /// A RuntimeClass is gone.
+    pub fn class_gone(&mut self, name: &str) -> Vec<Key> {
+        self.classes.remove(name);
+        vec![Key::Pending]
+    }
+
+    // --- all
+
+    /// Everything, in the order in which a new leader should look at it.
+    pub fn all(&self) -> Vec<Key> {
+        let mut keys: Vec<Key> = self.beats.keys().cloned().map(Key::Node).collect();
+        keys.push(Key::Pending);
+        keys.extend(self.bots.keys().cloned().map(Key::Bot));
+        keys.extend(self.records.keys().cloned().map(Key::Record));
+        keys
+    }
+
+    /// How many bots are unbound, and how many BotNodes have no CIDR.
+    pub fn waiting(&self) -> (usize, usize) {
+        (self.unbound.len(), self.bot_nodes.values().filter(|n| n.spec.bot_cidr.is_none()).count())
+    }
+
+    /// Names of a kind, for the set difference after a list.
+    pub fn bot_names(&self) -> Vec<Name> {
+        self.bots.keys().cloned().collect()
+    }
+
+    /// As `bot_names`.
+    pub fn record_names(&self) -> Vec<Name> {
+        self.records.keys().cloned().collect()
+    }
+
+    /// As `bot_names`.
+    pub fn snapshot_names(&self) -> Vec<Name> {
+        self.snapshots.keys().cloned().collect()
+    }
+
+    /// As `bot_names`.
+    pub fn bot_node_names(&self) -> Vec<Name> {
+        self.bot_nodes.keys().cloned().map(Name::cluster).collect()
+    }
+
+    /// As `bot_names`.
+    pub fn node_names(&self) -> Vec<Name> {
+        self.nodes.keys().cloned().map(Name::cluster).collect()
+    }
+
+    /// As `bot_names`.
+    pub fn class_names(&self) -> Vec<Name> {
+        self.classes.keys().cloned().map(Name::cluster).collect()
+    }
+
+    /// As `bot_names`: those of which a Lease is known.
+    pub fn lease_names(&self) -> Vec<Name> {
+        self.beats.keys().cloned().map(Name::cluster).collect()
+    }
+}
+
+/// Drops what the controller never reads, which is most of a bot: it writes by patches of single fields, so nothing is
+/// lost, and 10,000 bots fit into little memory.
+fn strip(bot: &mut BotContainer) {
+    bot.metadata.managed_fields = None;
+    bot.metadata.annotations = None;
+    let spec = &mut bot.spec;
+    spec.skills = Vec::new();
+    spec.files = Vec::new();
+    spec.env = Vec::new();
+    spec.env_from = Vec::new();
+    spec.command = Vec::new();
+    spec.args = Vec::new();
+    spec.security_context = None;
+    spec.dns_config = None;
+    if let Some(status) = &mut bot.status {
+        status.transitions = Vec::new();
+        status.lineage = Vec::new();
+        status.last_termination = None;
+    }
+}
+
+#[cfg(test)]
+mod tests;
