@@ -8,7 +8,9 @@
 //! | `bot_node.rs` | what one agent says of its node |
 //! | `condition.rs` | every condition type and reason, with what a user should do |
 //! | `ids.rs` | names and ids as types whose limits hold by construction |
-//! | `crd.rs` | derives the CRDs: schema, bounds, CEL rules |
+//! | `crd.rs` | derives the CRDs from types and the two tables |
+//! | `bound.rs` | table: how long, how many, how large |
+//! | `rule.rs` | table: what CEL checks, in which words it refuses |
 //!
 //! `///` on the types is for users, `kubectl explain` prints it; `//` below it is for us.
 
@@ -16,9 +18,11 @@ pub mod bot_container;
 pub mod bot_node;
 pub mod bot_record;
 pub mod bot_snapshot;
+pub mod bound;
 pub mod condition;
 pub mod crd;
 pub mod ids;
+pub mod rule;
 
 pub use bot_container::{BotContainer, BotContainerSpec, BotContainerStatus};
 pub use bot_node::{BotNode, BotNodeSpec, BotNodeStatus};
