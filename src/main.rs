@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use berth::agent::AgentArgs;
 use berth::controller::ControllerArgs;
 use berth::telemetry::{LogFormat, init_logs};
 use clap::{Parser, Subcommand};
@@ -36,13 +37,21 @@ enum Part {
     },
     /// Place bots on nodes, hold their finalizers and records, watch over nodes. Several may run; one leads.
     Controller(ControllerArgs),
+    /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
+    Agent(AgentArgs),
 }
 
 fn main() -> ExitCode {
+    // The logger of bots' output is started by the agent and has to stay small: nothing is parsed or built before it.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == berth::output::pair::SUBCOMMAND) {
+        return berth::output::pair::main(arguments);
+    }
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
         Part::Controller(args) => serve(command.log_format, &command.log, |stop| berth::controller::run(args, stop)),
+        Part::Agent(args) => serve(command.log_format, &command.log, |stop| berth::agent::run(args, stop)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

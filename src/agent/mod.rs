@@ -1,1 +1,449 @@
-//! The node agent.
+//! The node agent: everything on its node, for the bots that are bound to it.
+//!
+//! ```text
+//!            API watch      containerd events      timer
+//!                 \               |                /            triggers: they carry no news
+//!                  v              v               v
+//! run.rs      one loop a bot, side by side, bounded ─────────────────────────────────────┐
+//!                  │                                                                     │
+//!  desired.rs  BotContainer ──> Desired      observe.rs  containerd, CNI, disk ──> Observed
+//!                  │                                        │                            │
+//!                  └───────────> plan.rs <──────────────────┘                            │
+//!                      plan(desired, observed, now) -> Step | Settled       (pure)       │
+//!                                   │                                                    │
+//!                    ┌──────────────┴─────────────┐                                      │
+//!                act.rs does the step        status.rs says what is (pure)               │
+//!                    │    └ bundle.rs        publish.rs writes it, if it differs         │
+//!                    └───────────────── look again ──────────────────────────────────────┘
+//!
+//! record.rs  what is noted on the container, so that the agent needs no memory of its own
+//! step.rs    the steps: what each leaves behind when it is cut off
+//! cost.rs    what a change of each spec field costs
+//! node.rs    BotNode and Lease          sweep.rs   what nobody owns
+//! ```
+//!
+//! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The
+//! agent keeps nothing in memory that a restart would miss: containerd, the API and the disk hold all of it.
+
+pub mod act;
+pub mod args;
+pub mod bundle;
+pub mod cgroup;
+pub mod cost;
+pub mod desired;
+pub mod labels;
+pub mod metrics;
+pub mod node;
+pub mod observe;
+pub mod plan;
+pub mod publish;
+pub mod record;
+pub mod references;
+pub mod root;
+pub mod run;
+pub mod signal;
+pub mod status;
+pub mod step;
+pub mod sweep;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use containerd_client::events::{TaskExit, TaskOom, TaskPaused, TaskResumed, TaskStart};
+use containerd_client::services::v1::{CreateNamespaceRequest, Namespace, SubscribeRequest};
+use futures::StreamExt as _;
+use kube::runtime::reflector::store;
+use kube::runtime::watcher::Event;
+use kube::runtime::{WatchStreamExt as _, watcher};
+use kube::{Api, Client};
+use prost::Message as _;
+use rustix::fs::FlockOperation;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+pub use args::AgentArgs;
+
+use crate::api::BotContainer;
+use crate::api::condition::chain;
+use crate::api::ids::{BotUid, ContainerId};
+use crate::containerd::{CallContext as _, Containerd};
+use crate::image::Images;
+use crate::network::Network;
+use crate::output::Output;
+use crate::telemetry::Health;
+
+use act::Actor;
+use bundle::Bundle;
+use cgroup::Cgroups;
+use metrics::Metrics;
+use node::{NodeFacts, Registration};
+use observe::Observer;
+use publish::Publisher;
+use run::{Bot, Loops, Shared};
+use sweep::Sweeper;
+
+/// How many steps of all bots are under way at once.
+const STEPS_AT_ONCE: usize = 16;
+
+/// Runs the agent until `stop`; bots run on after it.
+pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()> {
+    let mut registry = prometheus_client::registry::Registry::default();
+    let metrics = Metrics::register(&mut registry);
+    let health = Health::new(registry);
+    let mut tasks = tokio::task::JoinSet::new();
+    if let Some(address) = args.health_address {
+        let (health, stop) = (health.clone(), stop.clone());
+        tasks.spawn(async move { health.serve(address, stop).await.context("the health endpoint ended") });
+    }
+
+    prepare_directories(&args)?;
+    let _lock = tokio::select! {
+        lock = lock_host(&args) => lock?,
+        () = stop.cancelled() => return Ok(()),
+    };
+    root::remove_leftovers(&args.mnt_dir()).context("leftovers of an earlier agent can't be removed")?;
+
+    let client = Client::try_default().await.context("no way to the API server; set KUBECONFIG or run in a Pod")?;
+    let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
+    ensure_namespace(&containerd, &stop).await;
+
+    let machine = crate::oci::NodeFacts::read().context("this machine can't run bots")?;
+    let cgroups = Cgroups::detect(&args.cgroup_parent);
+    let runtimes = args.runtimes();
+    let facts = NodeFacts {
+        name: args.node_name.clone(),
+        instance: format!("{}_{}", args.node_name, uuid_like()),
+        capacity: args.capacity(machine.memory_bytes),
+        addresses: args.addresses(),
+        runtime_handlers: runtimes.keys().cloned().collect(),
+        cgroup: cgroups.describe().to_owned(),
+        runc: args::runc_version().await,
+    };
+    let network = Network::new(args.network_options()).context("the network of bots can't be used")?;
+    let output = Output::new(args.output_options()?);
+    output.attach().await.context("the logger of bots' output can't be started")?;
+    let images = Images::new(containerd.clone(), args.image_options());
+    if let Err(error) = images.clear_interrupted().await {
+        tracing::warn!(error = %chain(&error), "what earlier pulls left half-made is not cleared; it ends by itself");
+    }
+    let bundle_options = args.bundle_options(&facts, runtimes);
+    let files_dir = bundle_options.files_dir.clone();
+    let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
+    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts));
+
+    // The rules of the network follow the node's CIDR.
+    let (cidr_sender, cidr) = watch::channel(None);
+    let (ready_sender, mut ready) = watch::channel(false);
+    {
+        let (registration, stop) = (registration.clone(), stop.clone());
+        tasks.spawn(async move {
+            registration.keep(ready_sender, stop).await;
+            Ok(())
+        });
+    }
+    {
+        let (registration, stop) = (registration.clone(), stop.clone());
+        tasks.spawn(async move {
+            registration.follow_cidr(cidr_sender, stop).await;
+            Ok(())
+        });
+    }
+    {
+        let (network, cidr, stop) = (network.clone(), cidr.clone(), stop.clone());
+        tasks.spawn(async move {
+            keep_rules(network, cidr, stop).await;
+            Ok(())
+        });
+    }
+
+    let (bots, mut writer) = store::<BotContainer>();
+    let shared = Arc::new(Shared {
+        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups, files_dir),
+        actor: Actor {
+            containerd: containerd.clone(),
+            images,
+            network: network.clone(),
+            output: output.clone(),
+            client: client.clone(),
+            bundle,
+        },
+        publisher: Publisher::new(client.clone(), args.node_name.clone()),
+        bots: bots.clone(),
+        cidr: cidr.clone(),
+        default_snapshotter: args.snapshotter.clone(),
+        steps: Semaphore::new(STEPS_AT_ONCE),
+        metrics: metrics.clone(),
+        stop: stop.clone(),
+    });
+    let (event_sender, mut events) = mpsc::channel::<BotUid>(1024);
+    {
+        let (containerd, stop) = (containerd.clone(), stop.clone());
+        tasks.spawn(async move {
+            follow_events(containerd, event_sender, stop).await;
+            Ok(())
+        });
+    }
+
+    let selector = format!("status.nodeName={}", args.node_name);
+    let config = watcher::Config::default().fields(&selector);
+    let api: Api<BotContainer> = Api::all(client.clone());
+    let mut objects = std::pin::pin!(watcher(api, config).default_backoff());
+    let mut loops = Loops::default();
+    let mut sweeper =
+        Some(Sweeper::new(client, containerd, network, output, vec![args.snapshotter.clone()], args.orphan_grace()));
+    let mut sweeping = tokio::task::JoinSet::new();
+    let mut listed = false;
+    let mut sweep_at = Instant::now() + Duration::from_secs(5);
+    let mut cidr_seen = cidr;
+    let ended = loop {
+        tokio::select! {
+            // Nothing is lost by not polling it: a watch keeps its place.
+            event = objects.next() => match event {
+                Some(Ok(event)) => {
+                    writer.apply_watcher_event(&event);
+                    match &event {
+                        Event::Apply(bot) => wake(&mut loops, &shared, bot, "object changed"),
+                        // Not gone for sure: an unbound bot arrives so as well. Its loop looks, the sweeper decides.
+                        Event::Delete(bot) => {
+                            wake(&mut loops, &shared, bot, "object left");
+                            sweep_at = sweep_at.min(Instant::now() + Duration::from_secs(2));
+                        }
+                        Event::Init | Event::InitApply(_) => {}
+                        Event::InitDone => {
+                            listed = true;
+                            health.set_ready(*ready.borrow());
+                            for bot in bots.state() {
+                                wake(&mut loops, &shared, &bot, "list");
+                            }
+                            loops.wake_all("list");
+                        }
+                    }
+                    metrics.bots.set(i64::try_from(loops.len()).unwrap_or(i64::MAX));
+                }
+                Some(Err(error)) => tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew"),
+                None => break Err(anyhow::anyhow!("the watch of BotContainers ended")),
+            },
+            Some(uid) = events.recv() => loops.wake_uid(&uid, "containerd event"),
+            Ok(()) = cidr_seen.changed() => loops.wake_all("node CIDR"),
+            Ok(()) = ready.changed() => health.set_ready(listed && *ready.borrow()),
+            ended = loops.reap() => if let Err(error) = ended {
+                break Err(anyhow::Error::new(error).context("a bot's loop ended by a bug"));
+            },
+            // Beside the loops, so that no bot waits for it; a sweep only looks, and its orphans get loops of their own.
+            () = tokio::time::sleep_until(sweep_at), if listed && sweeper.is_some() => {
+                if let Some(mut idle) = sweeper.take() {
+                    let tended = loops.uids();
+                    sweeping.spawn(async move {
+                        let found = idle.sweep(&tended).await;
+                        (idle, found)
+                    });
+                }
+            }
+            Some(swept) = sweeping.join_next() => match swept {
+                Ok((idle, found)) => {
+                    sweeper = Some(idle);
+                    let wait = match found {
+                        Ok(found) => {
+                            for orphan in found.orphans {
+                                loops.take_down(&shared, orphan);
+                            }
+                            found.wait
+                        }
+                        Err(error) => {
+                            tracing::warn!(error = %chain(&error), "nothing was swept");
+                            Duration::from_secs(30)
+                        }
+                    };
+                    sweep_at = Instant::now() + wait;
+                }
+                Err(error) => break Err(anyhow::Error::new(error).context("the sweep ended by a bug")),
+            },
+            Some(ended) = tasks.join_next() => match ended {
+                Ok(Ok(())) if stop.is_cancelled() => {}
+                Ok(Ok(())) => break Err(anyhow::anyhow!("a part of the agent ended by itself")),
+                Ok(Err(error)) => break Err(error),
+                Err(error) => break Err(anyhow::Error::new(error).context("a part of the agent ended by a bug")),
+            },
+            () = stop.cancelled() => break Ok(()),
+        }
+    };
+    health.set_ready(false);
+    stop.cancel();
+    // Every loop ends after the step under way.
+    loops.join().await;
+    if ended.is_ok()
+        && let Err(error) = registration.leave().await
+    {
+        tracing::warn!(error = %chain(&error), "the BotNode still says Ready; its Lease runs out by itself");
+    }
+    while tasks.join_next().await.is_some() {}
+    ended
+}
+
+fn wake(loops: &mut Loops, shared: &Arc<Shared>, bot: &BotContainer, reason: &'static str) {
+    let meta = &bot.metadata;
+    match BotUid::parse(meta.uid.as_deref().unwrap_or_default()) {
+        Ok(uid) => {
+            let namespace = meta.namespace.clone().unwrap_or_default();
+            let name = meta.name.clone().unwrap_or_default();
+            loops.wake(shared, &Bot { uid, namespace, name }, reason);
+        }
+        Err(error) => tracing::error!(%error, name = meta.name, "a BotContainer without a usable uid is skipped"),
+    }
+}
+
+fn prepare_directories(args: &AgentArgs) -> anyhow::Result<()> {
+    for dir in [args.run_dir.clone(), args.state_dir.clone(), args.log_dir.clone(), args.mnt_dir(), args.files_dir()] {
+        fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
+    }
+    ensure_tmpfs(&args.files_dir())
+}
+
+/// Secret values must not come onto a disk: where `/run` is none, a tmpfs is mounted.
+fn ensure_tmpfs(dir: &Path) -> anyhow::Result<()> {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    let found = rustix::fs::statfs(dir).with_context(|| format!("can't look at {}", dir.display()))?;
+    if u64::try_from(found.f_type).is_ok_and(|magic| magic == TMPFS_MAGIC) {
+        return Ok(());
+    }
+    let flags =
+        rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
+    rustix::mount::mount("berth", dir, "tmpfs", flags, Some(c"mode=0700"))
+        .with_context(|| format!("can't mount a tmpfs on {}", dir.display()))
+}
+
+/// Waits until no other agent of this node runs. The lock goes with the process, however that ends.
+async fn lock_host(args: &AgentArgs) -> anyhow::Result<fs::File> {
+    let path: PathBuf = args.state_dir.join("agent.lock");
+    let file = fs::File::create(&path).with_context(|| format!("can't create {}", path.display()))?;
+    let mut told = false;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                if !told {
+                    tracing::warn!(lock = %path.display(), "another agent of this node runs; waiting until it ends");
+                    told = true;
+                }
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            Err(error) => return Err(error).with_context(|| format!("can't lock {}", path.display())),
+        }
+    }
+}
+
+/// containerd makes a namespace by itself at the first use, but without it `ctr` and the sweeper see an error instead of
+/// nothing. Waits for containerd where it is away.
+async fn ensure_namespace(containerd: &Containerd, stop: &CancellationToken) {
+    loop {
+        let name = containerd.namespace().to_owned();
+        let request =
+            CreateNamespaceRequest { namespace: Some(Namespace { name: name.clone(), ..Namespace::default() }) };
+        match containerd.namespaces().create(containerd.request(request)).await.call("create namespace", name) {
+            Ok(_) => return,
+            Err(error) if error.is_already_exists() => return,
+            Err(error) => tracing::warn!(
+                error = %chain(&error), socket = %containerd.address().display(), "containerd can't be used; tried again"
+            ),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(run::jittered(Duration::from_secs(2))) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+async fn keep_rules(
+    network: Network,
+    mut cidr: watch::Receiver<Option<crate::network::Cidr>>,
+    stop: CancellationToken,
+) {
+    loop {
+        let current = *cidr.borrow_and_update();
+        let wait = match current {
+            Some(cidr) => match network.ensure_rules(&cidr).await {
+                Ok(()) => Duration::from_secs(120),
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "the network rules of bots are not in force; tried again");
+                    Duration::from_secs(5)
+                }
+            },
+            None => Duration::from_secs(3600),
+        };
+        tokio::select! {
+            changed = cidr.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(run::jittered(wait)) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// Turns containerd's task events into triggers. What is missed while the stream is down is made good by waking nobody:
+/// each loop looks again by itself.
+async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop: CancellationToken) {
+    let filter = format!("namespace=={},topic~=\"/tasks/\"", containerd.namespace());
+    loop {
+        let mut request = tonic::Request::new(SubscribeRequest { filters: vec![filter.clone()] });
+        // No deadline: the stream lives as long as containerd.
+        *request.metadata_mut() = containerd.request(()).metadata().clone();
+        request.metadata_mut().remove("grpc-timeout");
+        match containerd.events().subscribe(request).await {
+            Ok(stream) => {
+                let mut stream = stream.into_inner();
+                loop {
+                    let message = tokio::select! {
+                        message = stream.message() => message,
+                        () = stop.cancelled() => return,
+                    };
+                    match message {
+                        Ok(Some(envelope)) => {
+                            let uid = envelope
+                                .event
+                                .as_ref()
+                                .and_then(|event| container_of(&envelope.topic, &event.value))
+                                .and_then(|id| ContainerId::uid_of(&id));
+                            if let Some(uid) = uid
+                                && wake.send(uid).await.is_err()
+                            {
+                                return;
+                            }
+                        }
+                        Ok(None) => break,
+                        Err(error) => {
+                            tracing::warn!(error = %error.message(), "containerd's event stream broke; it is made anew");
+                            break;
+                        }
+                    }
+                }
+            }
+            Err(error) => tracing::debug!(error = %error.message(), "no event stream of containerd"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(run::jittered(Duration::from_secs(1))) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+fn container_of(topic: &str, event: &[u8]) -> Option<String> {
+    match topic {
+        "/tasks/exit" => TaskExit::decode(event).ok().map(|event| event.container_id),
+        "/tasks/oom" => TaskOom::decode(event).ok().map(|event| event.container_id),
+        "/tasks/paused" => TaskPaused::decode(event).ok().map(|event| event.container_id),
+        "/tasks/resumed" => TaskResumed::decode(event).ok().map(|event| event.container_id),
+        "/tasks/start" => TaskStart::decode(event).ok().map(|event| event.container_id),
+        _ => None,
+    }
+}
+
+/// Eight random bytes in hex: tells this process from all others that were the node's agent.
+fn uuid_like() -> String {
+    let mut bytes = [0u8; 8];
+    // Without randomness the name is less telling, and nothing hangs on it.
+    let _ = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

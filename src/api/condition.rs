@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 /// The condition types of a BotContainer.
@@ -174,6 +175,11 @@ pub fn chain(error: &dyn std::error::Error) -> String {
         cause = e.source();
     }
     text
+}
+
+/// A time as the API keeps it: `metav1.Time` has whole seconds. What is compared with an object read back must be cut so.
+pub fn api_time(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
 }
 
 /// Makes a condition. `since` is when it took this status.

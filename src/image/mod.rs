@@ -145,6 +145,20 @@ impl Images {
         self.inner.find(reference, snapshotter).await
     }
 
+    /// The image that a digest names, if it is on the node, whatever the reference names by now. `None` also for a text
+    /// that is no digest.
+    pub async fn at(
+        &self,
+        reference: &Reference,
+        digest: &str,
+        snapshotter: &str,
+    ) -> Result<Option<Image>, ImageError> {
+        match Digest::parse(digest) {
+            Some(digest) => self.inner.whole(reference, &digest, snapshotter).await,
+            None => Ok(None),
+        }
+    }
+
     /// Asks the registry what the reference is now, and brings what is missing of it. Where nothing is, this costs one
     /// HEAD. All who ask for one image with the same logins share one pull, which ends when the last of them is dropped.
     pub async fn pull(

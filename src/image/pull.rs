@@ -54,7 +54,7 @@ impl Inner {
     }
 
     /// The image behind a digest, if all of it is here: manifests, config, layer blobs and the unpacked layers.
-    async fn whole(
+    pub(super) async fn whole(
         &self,
         reference: &Reference,
         target: &Digest,

@@ -31,5 +31,5 @@ pub use env::{EnvError, FieldContext, SourceData, SourceKind, resolve_env};
 pub use node::NodeFacts;
 pub use resources::linux_resources;
 pub use rootfs::{RootError, check_root, check_working_directory, ensure_directory};
-pub use spec::{BindMount, ImageConfig, NetworkNamespace, SpecError, SpecInput, runtime_spec};
+pub use spec::{BindMount, NetworkNamespace, SpecError, SpecInput, runtime_spec};
 pub use user::{User, UserError, resolve_user};

@@ -38,6 +38,7 @@ use super::user::User;
 use crate::api::BotContainerSpec;
 use crate::api::condition::{Reason, cut};
 use crate::api::ids::ContainerId;
+use crate::image::RunConfig;
 
 /// A value that can't be run: where it stands, what it is, what is wrong, what is right.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -69,23 +70,6 @@ impl SpecError {
     pub fn retryable(&self) -> bool {
         false
     }
-}
-
-/// What of an image's config the process is made from.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct ImageConfig {
-    /// `NAME=VALUE`
-    pub env: Vec<String>,
-    /// Words before the arguments.
-    pub entrypoint: Vec<String>,
-    /// The arguments, or without an entrypoint the whole command.
-    pub cmd: Vec<String>,
-    /// Working directory; empty: `/`.
-    pub working_dir: String,
-    /// `USER`, for [`super::user::resolve_user`].
-    pub user: String,
-    /// Signal that asks the process to end; `None`: TERM. Not part of the runtime spec.
-    pub stop_signal: Option<String>,
 }
 
 /// Where the bot's network comes from.
@@ -120,7 +104,7 @@ pub struct SpecInput<'a> {
     /// What the user asked for.
     pub bot: &'a BotContainerSpec,
     /// What the image says.
-    pub image: &'a ImageConfig,
+    pub image: &'a RunConfig,
     /// The bot's environment, resolved by [`super::env::resolve_env`].
     pub env: &'a [(String, String)],
     /// The user, resolved by [`super::user::resolve_user`].

@@ -42,7 +42,7 @@ pub(crate) fn node() -> NodeFacts {
 /// What a test changes of an otherwise usual input.
 struct Case {
     bot: BotContainerSpec,
-    image: ImageConfig,
+    image: RunConfig,
     env: Vec<(String, String)>,
     user: User,
     netns: NetworkNamespace<'static>,
@@ -55,7 +55,7 @@ struct Case {
 fn case(fields: serde_json::Value) -> Case {
     Case {
         bot: bot(fields),
-        image: ImageConfig { cmd: vec!["run".to_owned()], ..ImageConfig::default() },
+        image: RunConfig { cmd: vec!["run".to_owned()], ..RunConfig::default() },
         env: Vec::new(),
         user: User::default(),
         netns: NetworkNamespace::Path(Path::new("/run/netns/berth-x")),
@@ -113,7 +113,7 @@ fn command_and_args_replace_the_images_as_in_a_pod() {
         (vec!["e\0"], vec![], vec![], vec![], None),
     ] {
         let mut case = case(serde_json::json!({"command": command, "args": args}));
-        case.image = ImageConfig { entrypoint: words(&entrypoint), cmd: words(&cmd), ..ImageConfig::default() };
+        case.image = RunConfig { entrypoint: words(&entrypoint), cmd: words(&cmd), ..RunConfig::default() };
         let made = case.spec().ok().map(|s| s.process().as_ref().unwrap().args().clone().unwrap());
         assert_eq!(made, result.map(|r| words(&r)), "{entrypoint:?} {cmd:?} {command:?} {args:?}");
     }

@@ -1,0 +1,698 @@
+//! Does one [`Step`]; decides nothing. What is wanted was settled by the plan: here is only how it is done.
+
+use std::collections::HashMap;
+
+use containerd_client::services::v1::container::Runtime;
+use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
+use containerd_client::services::v1::{
+    AddResourceRequest, Container as ContainerdContainer, CreateContainerRequest, CreateRequest as CreateLeaseRequest,
+    CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest, KillRequest,
+    PauseTaskRequest, Resource, ResumeTaskRequest, StartRequest, UpdateContainerRequest, UpdateTaskRequest,
+};
+use containerd_client::types::Mount;
+use jiff::Timestamp;
+use kube::Client;
+use prost_types::{Any, FieldMask};
+use tonic::Code;
+
+use crate::api::bot_container::{ImagePullPolicy, NetworkMode};
+use crate::api::condition::{Reason, chain, cut};
+use crate::api::ids::ContainerId;
+use crate::containerd::{CallContext, CallFailed, Containerd, LeaseId};
+use crate::image::{Credentials, Image, ImageError, Images};
+use crate::network::{Cidr, Network, NetworkError, Owner};
+use crate::output::{BotDirName, Output, OutputError};
+
+use super::bundle::{self, Bundle, BundleError};
+use super::desired::{Alive, Desired, Goal};
+use super::labels;
+use super::observe::{Container, Observed, Task};
+use super::record::{Ending, Life, Record};
+use super::references::{Kind, ReadFailed, References};
+use super::step::{Parts, Step};
+
+/// Most of a process's last output that is kept with its end. Bytes.
+const LAST_OUTPUT: usize = 2048;
+
+/// Type of an OCI runtime spec in containerd.
+const SPEC_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+/// Type of OCI Linux resources in containerd.
+const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
+const KILL: u32 = 9;
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// containerd or runc refused.
+    #[error("the runtime refused")]
+    Runtime(#[source] CallFailed),
+    /// The image can't be had.
+    #[error("the image {image} can't be used")]
+    Image {
+        /// Its normalised reference.
+        image: String,
+        /// Why.
+        source: ImageError,
+    },
+    /// `imagePullPolicy: Never`, and the image is not there.
+    #[error("the image {image} is not on the node, and imagePullPolicy is Never; load it or change the policy")]
+    NeverPull {
+        /// Its normalised reference.
+        image: String,
+    },
+    /// The image below the layer was taken from containerd by someone.
+    #[error(
+        "the image {image} ({digest}) that the bot's layer stands on is no longer whole in containerd; \
+         pull it again with `ctr images pull {image}@{digest}`"
+    )]
+    ImageGone {
+        /// Its normalised reference.
+        image: String,
+        /// Its digest.
+        digest: String,
+    },
+    /// A pull secret can't be used.
+    #[error("the pull secret {secret} can't be used: {why}")]
+    PullSecret {
+        /// Its name.
+        secret: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The network can't be made or removed.
+    #[error("the bot's network can't be set up or removed")]
+    Network(#[source] NetworkError),
+    /// The controller has not given the node a CIDR.
+    #[error("the node has no CIDR for its bots yet; the controller gives it one")]
+    NoCidr,
+    /// FIFOs or logger can't be made or removed.
+    #[error("the bot's output can't be set up or removed")]
+    Output(#[source] OutputError),
+    /// The OCI spec can't be made.
+    #[error("the container can't be made")]
+    Bundle(#[source] BundleError),
+    /// A Secret or ConfigMap can't be read.
+    #[error("what the spec refers to can't be read")]
+    References(#[source] ReadFailed),
+    /// The world is not as the step needs it: it changed since the plan. The next look tells.
+    #[error("{0}; it is looked at again")]
+    Changed(&'static str),
+}
+
+impl StepError {
+    /// The condition's reason.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Runtime(error) if error.is_unavailable() => Reason::RuntimeUnavailable,
+            Self::Runtime(_) | Self::Changed(_) => Reason::RuntimeFailed,
+            Self::Image { source, .. } => source.reason(),
+            Self::NeverPull { .. } => Reason::ErrImageNeverPull,
+            Self::ImageGone { .. } => Reason::ImageCorrupt,
+            Self::PullSecret { .. } => Reason::ImageAuthFailed,
+            Self::Network(error) => error.reason(),
+            Self::NoCidr => Reason::NodeNotConfigured,
+            Self::Output(error) => error.reason(),
+            Self::Bundle(error) => error.reason(),
+            Self::References(_) => Reason::ConfigNotFound,
+        }
+    }
+
+    /// Whether trying again can help without an edit of the bot.
+    pub fn retryable(&self) -> bool {
+        match self {
+            // Away, busy, full: all of these pass.
+            Self::Runtime(_) | Self::Network(_) | Self::NoCidr | Self::Output(_) | Self::Changed(_) => true,
+            Self::Image { source, .. } => source.retryable(),
+            // An image can be loaded by hand, a Secret mended: neither touches the bot.
+            Self::NeverPull { .. } | Self::ImageGone { .. } | Self::PullSecret { .. } | Self::References(_) => true,
+            Self::Bundle(error) => error.retryable(),
+        }
+    }
+}
+
+/// Does steps.
+#[derive(Clone)]
+pub struct Actor {
+    /// The way to containerd.
+    pub containerd: Containerd,
+    /// The images.
+    pub images: Images,
+    /// The network.
+    pub network: Network,
+    /// The output.
+    pub output: Output,
+    /// The way to the API server, for Secrets and ConfigMaps.
+    pub client: Client,
+    /// Makes OCI specs and the files to be mounted.
+    pub bundle: Bundle,
+}
+
+/// What a step works on.
+pub struct Work<'a> {
+    /// What is asked.
+    pub desired: &'a Desired,
+    /// The object, for what the downward API needs; `None` for an orphan.
+    pub bot: Option<&'a crate::api::BotContainer>,
+    /// What was seen before the step.
+    pub observed: &'a Observed,
+    /// Addresses of this node's bots, once known.
+    pub cidr: Option<&'a Cidr>,
+}
+
+impl Work<'_> {
+    fn id(&self) -> &ContainerId {
+        &self.desired.id
+    }
+
+    fn record(&self) -> Option<&Record> {
+        match &self.observed.container {
+            Container::Ours(record) => Some(record),
+            Container::Absent | Container::Foreign { .. } => None,
+        }
+    }
+
+    fn alive(&self) -> Result<&Alive, StepError> {
+        match &self.desired.goal {
+            Goal::Alive(alive) => Ok(alive),
+            _ => Err(StepError::Changed("the bot is not to be alive")),
+        }
+    }
+
+    fn owner(&self) -> Owner {
+        Owner {
+            namespace: self.desired.namespace.clone(),
+            name: self.desired.name.clone(),
+            uid: self.desired.uid.to_string(),
+        }
+    }
+
+    fn logs(&self) -> BotDirName {
+        BotDirName::new(&self.desired.namespace, &self.desired.name, &self.desired.uid)
+    }
+}
+
+impl Actor {
+    /// Does one step.
+    pub async fn act(&self, step: Step, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        match step {
+            Step::Prepare(parts) => self.prepare(parts, work).await,
+            Step::WriteContainer => self.write_container(work).await,
+            Step::StartAttempt => self.start_attempt(work).await,
+            Step::Pause => {
+                let request = self.containerd.request(PauseTaskRequest { container_id: id.to_string() });
+                self.containerd.tasks().pause(request).await.call("pause task", id.as_str()).map_err(StepError::Runtime)
+            }
+            Step::Resume => self.resume(id).await,
+            Step::UpdateLimits => self.update_limits(work).await,
+            Step::Stop => self.stop(work).await,
+            Step::Kill => self.kill(work).await,
+            Step::Reap => self.reap(work).await,
+            Step::RecordLost => self.record_lost(work).await,
+            Step::SettleEnd => match work.record() {
+                Some(record) => self.note(id, &record.settled()).await,
+                None => Ok(()),
+            },
+            Step::Remove(parts) => self.remove(parts, work).await,
+            Step::RemoveContainer => self.remove_container(id).await,
+        }
+    }
+
+    // --- up ---
+
+    async fn prepare(&self, parts: Parts, work: &Work<'_>) -> Result<(), StepError> {
+        let layer = async { if parts.layer { self.prepare_layer(work).await } else { Ok(()) } };
+        let network = async { if parts.network { self.prepare_network(work).await } else { Ok(()) } };
+        let output = async {
+            if !parts.output {
+                return Ok(());
+            }
+            self.output.ensure(work.id(), &work.logs()).await.map(|_| ()).map_err(StepError::Output)
+        };
+        // All three go to their end: what one of them made is found again, and the first error is told.
+        let (layer, network, output) = tokio::join!(layer, network, output);
+        layer.and(network).and(output)
+    }
+
+    async fn prepare_network(&self, work: &Work<'_>) -> Result<(), StepError> {
+        match work.alive()?.network {
+            NetworkMode::Host => Ok(()),
+            NetworkMode::None => self
+                .network
+                .ensure_loopback_only(work.id(), &work.owner())
+                .await
+                .map(|_| ())
+                .map_err(StepError::Network),
+            NetworkMode::Bridge => {
+                let cidr = work.cidr.ok_or(StepError::NoCidr)?;
+                self.network.ensure(work.id(), &work.owner(), cidr).await.map(|_| ()).map_err(StepError::Network)
+            }
+        }
+    }
+
+    async fn prepare_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let alive = work.alive()?;
+        let id = work.id();
+        let (image, lease) = tokio::join!(self.image(alive, work.desired), self.ensure_lease(id));
+        let (image, lease) = (image?, lease.map_err(StepError::Runtime)?);
+        // What the layer's image is made of stays while the bot does: its config is read at each start.
+        let resource = Resource { id: image.digest.clone(), r#type: "content".to_owned() };
+        let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
+        let hold = async {
+            let request = self.containerd.request(add);
+            self.containerd.leases().add_resource(request).await.call("add to lease", lease.as_str())
+        };
+        let mut labels = labels::owner(work.desired);
+        labels.insert(labels::IMAGE.to_owned(), image.reference.clone());
+        labels.insert(labels::IMAGE_DIGEST.to_owned(), image.digest.clone());
+        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
+        let key = labels::first_layer(id);
+        let make = async {
+            let request = PrepareSnapshotRequest {
+                snapshotter: work.desired.snapshotter.clone(),
+                key: key.clone(),
+                parent: image.chain_id.clone(),
+                labels,
+            };
+            let request = self.containerd.leased(&lease, request);
+            match self.containerd.snapshots().prepare(request).await.call("prepare snapshot", &key) {
+                Err(error) if error.is_already_exists() => Ok(()),
+                done => done.map(|_| ()),
+            }
+        };
+        let (hold, make) = tokio::join!(hold, make);
+        hold.and(make).map_err(StepError::Runtime)
+    }
+
+    /// The image as the pull policy says.
+    async fn image(&self, alive: &Alive, desired: &Desired) -> Result<Image, StepError> {
+        let failed = |source| StepError::Image { image: alive.image.to_string(), source };
+        if alive.pull_policy != ImagePullPolicy::Always
+            && let Some(image) = self.images.find(&alive.image, &desired.snapshotter).await.map_err(failed)?
+        {
+            return Ok(image);
+        }
+        if alive.pull_policy == ImagePullPolicy::Never {
+            return Err(StepError::NeverPull { image: alive.image.to_string() });
+        }
+        let credentials = self.credentials(alive, &desired.namespace).await?;
+        self.images.pull(&alive.image, &desired.snapshotter, &credentials).await.map_err(failed)
+    }
+
+    async fn credentials(&self, alive: &Alive, namespace: &str) -> Result<Credentials, StepError> {
+        let secrets =
+            References::read_pull_secrets(&self.client, namespace, &alive.spec).await.map_err(StepError::References)?;
+        let mut credentials = Credentials::anonymous();
+        for named in &alive.spec.image_pull_secrets {
+            // As kubelet does: a pull secret that is missing is passed over, since the pull may work without it.
+            let Some(data) = secrets.get(Kind::Secret, &named.name) else { continue };
+            let unusable = |why: String| StepError::PullSecret { secret: named.name.clone(), why };
+            let more = if let Some(bytes) = data.get(".dockerconfigjson") {
+                Credentials::parse(bytes).map_err(|error| unusable(chain(&error)))?
+            } else if let Some(bytes) = data.get(".dockercfg") {
+                Credentials::parse_legacy(bytes).map_err(|error| unusable(chain(&error)))?
+            } else {
+                return Err(unusable("it has neither the key .dockerconfigjson nor .dockercfg".to_owned()));
+            };
+            credentials = credentials.and_then(more);
+        }
+        Ok(credentials)
+    }
+
+    async fn ensure_lease(&self, id: &ContainerId) -> Result<LeaseId, CallFailed> {
+        let lease = LeaseId::from(id);
+        let request = CreateLeaseRequest { id: lease.as_str().to_owned(), labels: HashMap::new() };
+        match self.containerd.leases().create(self.containerd.request(request)).await.call("create lease", id.as_str())
+        {
+            Err(error) if error.is_already_exists() => Ok(lease),
+            done => done.map(|_| lease),
+        }
+    }
+
+    async fn write_container(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let alive = work.alive()?;
+        let id = work.id();
+        let layer = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
+        let old = work.record();
+        let (references, mounts) = tokio::join!(
+            References::read(&self.client, &work.desired.namespace, &alive.spec),
+            self.mounts(&work.desired.snapshotter, &layer.key),
+        );
+        let (references, mounts) = (references.map_err(StepError::References)?, mounts.map_err(StepError::Runtime)?);
+        let image = self
+            .images
+            .at(&alive.image, &layer.digest, &work.desired.snapshotter)
+            .await
+            .map_err(|source| StepError::Image { image: layer.image.clone(), source })?
+            .ok_or_else(|| StepError::ImageGone { image: layer.image.clone(), digest: layer.digest.clone() })?;
+        let input = bundle::Input {
+            desired: work.desired,
+            alive,
+            bot: work.bot.ok_or(StepError::Changed("the bot has no object"))?,
+            image: &image,
+            references: &references,
+            mounts: &mounts,
+            network: &work.observed.network,
+        };
+        let made = self.bundle.make(&input).await.map_err(StepError::Bundle)?;
+        let mut record = Record {
+            uid: work.desired.uid.to_string(),
+            namespace: work.desired.namespace.clone(),
+            name: work.desired.name.clone(),
+            bot_id: work.desired.bot_id.clone(),
+            hash: alive.hash.clone(),
+            limits: alive.limits.clone(),
+            image: layer.image.clone(),
+            digest: layer.digest.clone(),
+            snapshotter: work.desired.snapshotter.clone(),
+            layer: layer.key.clone(),
+            stop_signal: made.stop_signal,
+            spec_for: 0,
+            attempt: old.map_or(0, |old| old.attempt),
+            life: old.map_or(Life::Fresh, |old| old.life),
+            stop_ordered: None,
+            kill_ordered: None,
+            failures: old.map_or(0, |old| old.failures),
+            restarts: old.map_or(0, |old| old.restarts),
+            last: old.and_then(|old| old.last.clone()),
+        };
+        // A paused bot is not about to start: what it refers to is read when it does.
+        record.spec_for = if alive.paused { 0 } else { record.next_attempt() };
+        let mut labels = labels::owner(work.desired);
+        labels.insert(labels::SPEC_HASH.to_owned(), alive.hash.clone());
+        let container = ContainerdContainer {
+            id: id.to_string(),
+            labels,
+            image: layer.image.clone(),
+            runtime: Some(Runtime { name: made.runtime, options: None }),
+            spec: Some(Any { type_url: SPEC_TYPE.to_owned(), value: made.spec }),
+            snapshotter: work.desired.snapshotter.clone(),
+            snapshot_key: layer.key.clone(),
+            extensions: HashMap::from([(Record::EXTENSION.to_owned(), record_value(&record))]),
+            ..ContainerdContainer::default()
+        };
+        let mut containers = self.containerd.containers();
+        let done = if old.is_some() {
+            let paths = ["spec", "labels", "image", "snapshotkey"].map(str::to_owned).into_iter();
+            let paths = paths.chain([format!("extensions.{}", Record::EXTENSION)]).collect();
+            let request = UpdateContainerRequest { container: Some(container), update_mask: Some(FieldMask { paths }) };
+            containers.update(self.containerd.request(request)).await.call("update container", id.as_str()).map(|_| ())
+        } else {
+            let request = CreateContainerRequest { container: Some(container) };
+            containers.create(self.containerd.request(request)).await.call("create container", id.as_str()).map(|_| ())
+        };
+        done.map_err(StepError::Runtime)
+    }
+
+    async fn mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>, CallFailed> {
+        let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.containerd.snapshots().mounts(self.containerd.request(request)).await;
+        answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
+    }
+
+    async fn start_attempt(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        if work.observed.task == Task::Absent
+            && let Err(refused) = self.create_task(id, record, work).await?
+        {
+            return self.could_not_start(id, record, refused).await;
+        }
+        let started = record.started(Timestamp::now());
+        if started != *record {
+            self.note(id, &started).await?;
+        }
+        let request = StartRequest { container_id: id.to_string(), exec_id: String::new() };
+        match self.containerd.tasks().start(self.containerd.request(request)).await.call("start task", id.as_str()) {
+            Ok(_) => Ok(()),
+            Err(error) if is_answer(&error) => self.could_not_start(id, &started, error).await,
+            Err(error) => Err(StepError::Runtime(error)),
+        }
+    }
+
+    /// The inner error is the runtime's own word on this container; the outer one says nothing about it.
+    async fn create_task(
+        &self,
+        id: &ContainerId,
+        record: &Record,
+        work: &Work<'_>,
+    ) -> Result<Result<(), CallFailed>, StepError> {
+        let logs = work.logs();
+        let (mounts, pipes) =
+            tokio::join!(self.mounts(&record.snapshotter, &record.layer), self.output.ensure(id, &logs));
+        let (mounts, pipes) = (mounts.map_err(StepError::Runtime)?, pipes.map_err(StepError::Output)?);
+        let request = CreateTaskRequest {
+            container_id: id.to_string(),
+            rootfs: mounts,
+            stdout: pipes.stdout.to_string_lossy().into_owned(),
+            stderr: pipes.stderr.to_string_lossy().into_owned(),
+            ..CreateTaskRequest::default()
+        };
+        let mut request = self.containerd.request(request);
+        request.set_timeout(CREATE_DEADLINE);
+        match self.containerd.tasks().create(request).await.call("create task", id.as_str()) {
+            Ok(_) => Ok(Ok(())),
+            Err(error) if error.is_already_exists() => Ok(Ok(())),
+            Err(error) if is_answer(&error) => Ok(Err(error)),
+            Err(error) => Err(StepError::Runtime(error)),
+        }
+    }
+
+    /// The attempt failed before a process ran: that is its end, and the restart policy decides.
+    async fn could_not_start(&self, id: &ContainerId, record: &Record, why: CallFailed) -> Result<(), StepError> {
+        let now = Timestamp::now();
+        let ending = Ending {
+            code: 128,
+            reason: Reason::StartError.as_str().to_owned(),
+            message: cut(&chain(&why), LAST_OUTPUT),
+            started_at: None,
+            finished_at: now,
+            asked: false,
+        };
+        self.note(id, &record.started(now).ended(ending)).await?;
+        self.delete_task(id).await
+    }
+
+    async fn resume(&self, id: &ContainerId) -> Result<(), StepError> {
+        let request = self.containerd.request(ResumeTaskRequest { container_id: id.to_string() });
+        self.containerd.tasks().resume(request).await.call("resume task", id.as_str()).map_err(StepError::Runtime)
+    }
+
+    async fn update_limits(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let alive = work.alive()?;
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let resources = self.bundle.resources(&alive.spec).map_err(StepError::Bundle)?;
+        let request = UpdateTaskRequest {
+            container_id: id.to_string(),
+            resources: Some(Any { type_url: RESOURCES_TYPE.to_owned(), value: resources }),
+            annotations: HashMap::new(),
+        };
+        let answer = self.containerd.tasks().update(self.containerd.request(request)).await;
+        answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
+        self.note(id, &Record { limits: alive.limits.clone(), ..record.clone() }).await
+    }
+
+    // --- down ---
+
+    async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        self.note(id, &Record { stop_ordered: Some(Timestamp::now()), ..record.clone() }).await?;
+        self.signal(id, record.stop_signal, false).await?;
+        if let Task::Paused { .. } = work.observed.task {
+            self.resume(id).await?;
+        }
+        Ok(())
+    }
+
+    async fn kill(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        if let Some(record) = work.record() {
+            let now = Timestamp::now();
+            let order =
+                Record { stop_ordered: record.stop_ordered.or(Some(now)), kill_ordered: Some(now), ..record.clone() };
+            self.note(id, &order).await?;
+        }
+        self.signal(id, KILL, true).await?;
+        // On cgroup v1 a frozen process does not even die of KILL (runc #3134, #2105).
+        if let Task::Paused { .. } = work.observed.task {
+            match self.resume(id).await {
+                Err(StepError::Runtime(error)) if is_answer(&error) => {}
+                done => done?,
+            }
+        }
+        Ok(())
+    }
+
+    async fn signal(&self, id: &ContainerId, signal: u32, all: bool) -> Result<(), StepError> {
+        let request = KillRequest { container_id: id.to_string(), exec_id: String::new(), signal, all };
+        match self.containerd.tasks().kill(self.containerd.request(request)).await.call("kill task", id.as_str()) {
+            // It ended in between: the next look sees it.
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done.map_err(StepError::Runtime),
+        }
+    }
+
+    async fn reap(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let Some(record) = work.record().filter(|record| matches!(record.life, Life::Started { .. })) else {
+            return self.delete_task(id).await;
+        };
+        let ending = match work.observed.task {
+            Task::Stopped { code, at, oom } => Ending {
+                code,
+                reason: exit_reason(code, oom).as_str().to_owned(),
+                message: String::new(),
+                started_at: None,
+                finished_at: at,
+                asked: false,
+            },
+            _ => lost(),
+        };
+        let ended = record.ended(ending);
+        self.note(id, &ended).await?;
+        self.delete_task(id).await?;
+        self.note_last_output(work, record, ended).await
+    }
+
+    async fn record_lost(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let ended = record.ended(lost());
+        self.note(work.id(), &ended).await?;
+        self.note_last_output(work, record, ended).await
+    }
+
+    /// Adds the last output to a noted end. Only after the task is deleted has its shim passed on all of it; cut off
+    /// before, the end is noted without its last words.
+    async fn note_last_output(&self, work: &Work<'_>, began: &Record, mut ended: Record) -> Result<(), StepError> {
+        let Some(last) = ended.last.as_mut().filter(|last| !last.asked) else { return Ok(()) };
+        let since = match began.life {
+            Life::Started { at } => Some(at),
+            Life::Fresh | Life::Ended => None,
+        };
+        let (output, logs) = (self.output.clone(), work.logs());
+        let read = tokio::task::spawn_blocking(move || output.last_output_since(&logs, since, LAST_OUTPUT)).await;
+        match read {
+            Ok(Ok(text)) if !text.is_empty() => last.message = text,
+            // What can't be read is missed by people, not by the plan.
+            Ok(_) | Err(_) => return Ok(()),
+        }
+        self.note(work.id(), &ended).await
+    }
+
+    async fn delete_task(&self, id: &ContainerId) -> Result<(), StepError> {
+        let request = DeleteTaskRequest { container_id: id.to_string() };
+        match self.containerd.tasks().delete(self.containerd.request(request)).await.call("delete task", id.as_str()) {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done.map(|_| ()).map_err(StepError::Runtime),
+        }
+    }
+
+    async fn remove(&self, parts: Parts, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let network = async {
+            if !parts.network {
+                return Ok(());
+            }
+            self.network.remove(id).await.map_err(StepError::Network)
+        };
+        let output = async {
+            if !parts.output {
+                return Ok(());
+            }
+            let keep_logs = !matches!(work.desired.goal, Goal::Gone { .. });
+            self.output.remove(id, keep_logs).await.map_err(StepError::Output)
+        };
+        let layer = async {
+            let Some(layer) = work.observed.layer.as_ref().filter(|_| parts.layer) else { return Ok(()) };
+            let snapshotter = work.record().map_or(&work.desired.snapshotter, |record| &record.snapshotter).clone();
+            let request = RemoveSnapshotRequest { snapshotter, key: layer.key.clone() };
+            let answer = self.containerd.snapshots().remove(self.containerd.request(request)).await;
+            match answer.call("remove snapshot", &layer.key) {
+                Err(error) if error.is_not_found() => Ok(()),
+                done => done.map_err(StepError::Runtime),
+            }
+        };
+        let (network, output, layer) = tokio::join!(network, output, layer);
+        network.and(output).and(layer)
+    }
+
+    /// Removes what no observation shows: lease, mounted files, logs. Safe twice.
+    pub async fn remove_rest(&self, desired: &Desired) -> Result<(), StepError> {
+        self.output.remove(&desired.id, false).await.map_err(StepError::Output)?;
+        self.remove_lease_and_files(&desired.id).await
+    }
+
+    async fn remove_lease_and_files(&self, id: &ContainerId) -> Result<(), StepError> {
+        self.bundle.remove_files(id).await.map_err(StepError::Bundle)?;
+        let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
+        match self.containerd.leases().delete(self.containerd.request(request)).await.call("delete lease", id.as_str())
+        {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done.map(|_| ()).map_err(StepError::Runtime),
+        }
+    }
+
+    async fn remove_container(&self, id: &ContainerId) -> Result<(), StepError> {
+        self.remove_lease_and_files(id).await?;
+        let request = DeleteContainerRequest { id: id.to_string() };
+        let answer = self.containerd.containers().delete(self.containerd.request(request)).await;
+        match answer.call("delete container", id.as_str()) {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done.map_err(StepError::Runtime),
+        }
+    }
+
+    /// Writes the agent's note onto the container.
+    async fn note(&self, id: &ContainerId, record: &Record) -> Result<(), StepError> {
+        let container = ContainerdContainer {
+            id: id.to_string(),
+            extensions: HashMap::from([(Record::EXTENSION.to_owned(), record_value(record))]),
+            ..ContainerdContainer::default()
+        };
+        let paths = vec![format!("extensions.{}", Record::EXTENSION)];
+        let request = UpdateContainerRequest { container: Some(container), update_mask: Some(FieldMask { paths }) };
+        let answer = self.containerd.containers().update(self.containerd.request(request)).await;
+        answer.call("update container", id.as_str()).map(|_| ()).map_err(StepError::Runtime)
+    }
+}
+
+/// Making a task starts a shim and runc and mounts the layer: on a busy node that takes its time.
+const CREATE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);
+
+/// Whether an error is the runtime's own answer about this container, rather than a sign that it was not reached, was
+/// too slow, or is going down.
+fn is_answer(error: &CallFailed) -> bool {
+    !error.is_unavailable()
+        && !matches!(
+            error.status.code(),
+            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::ResourceExhausted | Code::NotFound
+        )
+}
+
+fn record_value(record: &Record) -> Any {
+    // A struct of strings, numbers and options always has a JSON text.
+    let value = serde_json::to_vec(record).unwrap_or_default();
+    Any { type_url: Record::TYPE_URL.to_owned(), value }
+}
+
+fn lost() -> Ending {
+    Ending {
+        code: 137,
+        reason: Reason::TaskLost.as_str().to_owned(),
+        message: String::new(),
+        started_at: None,
+        finished_at: Timestamp::now(),
+        asked: false,
+    }
+}
+
+fn exit_reason(code: u32, oom: bool) -> Reason {
+    match code {
+        0 => Reason::Completed,
+        _ if oom => Reason::OOMKilled,
+        _ => Reason::Error,
+    }
+}

@@ -1,0 +1,257 @@
+//! The agent's flags: first what was typed, then what it means.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use k8s_openapi::api::core::v1::NodeAddress;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+
+use crate::image::{ImageOptions, Mirror};
+use crate::network::{ClusterDns, NetworkOptions};
+use crate::output::OutputOptions;
+
+use super::bundle;
+use super::node::NodeFacts;
+
+/// Runs the bots of one node on its containerd. Ended by TERM; its bots run on.
+#[derive(Clone, Debug, clap::Args)]
+pub struct AgentArgs {
+    /// Name of this node: of its BotNode, its Lease, and of the Node where there is one.
+    #[arg(long, env = "BERTH_NODE_NAME", value_name = "NAME")]
+    pub node_name: String,
+
+    /// containerd's socket.
+    #[arg(
+        long,
+        env = "BERTH_CONTAINERD_ADDRESS",
+        value_name = "PATH",
+        default_value = "/run/containerd/containerd.sock"
+    )]
+    pub containerd_address: PathBuf,
+
+    /// containerd's namespace for bots. Everything in it is Berth's.
+    #[arg(long, env = "BERTH_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "berth")]
+    pub containerd_namespace: String,
+
+    /// containerd's snapshotter for writable layers, where a bot names none.
+    #[arg(long, env = "BERTH_SNAPSHOTTER", value_name = "NAME", default_value = "overlayfs")]
+    pub snapshotter: String,
+
+    /// Folder for what does not outlive a reboot: network namespaces, FIFOs, mounted files.
+    #[arg(long, env = "BERTH_RUN_DIR", value_name = "DIR", default_value = "/run/berth")]
+    pub run_dir: PathBuf,
+
+    /// Folder for what does: addresses given out, the agent's lock.
+    #[arg(long, env = "BERTH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/berth")]
+    pub state_dir: PathBuf,
+
+    /// Folder for the bots' output, a folder a bot.
+    #[arg(long, env = "BERTH_LOG_DIR", value_name = "DIR", default_value = "/var/log/berth")]
+    pub log_dir: PathBuf,
+
+    /// Largest size of one log file. Bytes.
+    #[arg(long, env = "BERTH_LOG_FILE_BYTES", value_name = "BYTES", default_value_t = 10 << 20)]
+    pub log_file_bytes: u64,
+
+    /// Log files kept of one bot, the one being written among them.
+    #[arg(long, env = "BERTH_LOG_FILES", value_name = "N", default_value_t = 5)]
+    pub log_files: u32,
+
+    /// Folders with the CNI plugins bridge, host-local and loopback; the first that has one is used.
+    #[arg(
+        long,
+        env = "BERTH_CNI_BIN_DIR",
+        value_name = "DIR",
+        value_delimiter = ',',
+        default_value = "/opt/cni/bin,/usr/lib/cni"
+    )]
+    pub cni_bin_dir: Vec<PathBuf>,
+
+    /// Name of the bridge that this node's bots are on, at most 15 characters.
+    #[arg(long, env = "BERTH_BRIDGE_NAME", value_name = "NAME", default_value = "berth0")]
+    pub bridge_name: String,
+
+    /// Parent of the bots' cgroups, absolute within the hierarchy.
+    #[arg(long, env = "BERTH_CGROUP_PARENT", value_name = "PATH", default_value = "/berth")]
+    pub cgroup_parent: String,
+
+    /// Addresses of the cluster's DNS, for dnsPolicy ClusterFirst. Without any, bots get the node's.
+    #[arg(long, env = "BERTH_CLUSTER_DNS", value_name = "IP", value_delimiter = ',')]
+    pub cluster_dns: Vec<std::net::IpAddr>,
+
+    /// Domain of the cluster's DNS.
+    #[arg(long, env = "BERTH_CLUSTER_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+
+    /// The node's resolv.conf.
+    #[arg(long, env = "BERTH_RESOLV_CONF", value_name = "PATH", default_value = "/etc/resolv.conf")]
+    pub resolv_conf: PathBuf,
+
+    /// A registry's mirror, tried before the registry itself, for example `docker.io=https://mirror.example/proxy`.
+    #[arg(long, env = "BERTH_REGISTRY_MIRROR", value_name = "REGISTRY=URL", value_delimiter = ',')]
+    pub registry_mirror: Vec<Mirror>,
+
+    /// Most bytes that an image may have unpacked.
+    #[arg(long, env = "BERTH_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 32 << 30)]
+    pub max_image_bytes: u64,
+
+    /// A RuntimeClass handler and containerd's runtime for it, for example `gvisor=io.containerd.runsc.v1`.
+    #[arg(long, env = "BERTH_RUNTIME_HANDLER", value_name = "HANDLER=RUNTIME", value_delimiter = ',', value_parser = pair)]
+    pub runtime_handler: Vec<(String, String)>,
+
+    /// CPU that bots may use in all, a quantity. Default: the machine's.
+    #[arg(long, env = "BERTH_CAPACITY_CPU", value_name = "QUANTITY")]
+    pub capacity_cpu: Option<String>,
+
+    /// Memory that bots may use in all, a quantity. Default: the machine's less a tenth.
+    #[arg(long, env = "BERTH_CAPACITY_MEMORY", value_name = "QUANTITY")]
+    pub capacity_memory: Option<String>,
+
+    /// How many bots this node takes.
+    #[arg(long, env = "BERTH_MAX_BOTS", value_name = "N", default_value_t = 200)]
+    pub max_bots: u32,
+
+    /// Address of this node, for BotNode's status. Default: the one that the machine would use to reach others.
+    #[arg(long, env = "BERTH_NODE_IP", value_name = "IP")]
+    pub node_ip: Option<std::net::IpAddr>,
+
+    /// How long something that no object owns is left alone after it was first found. Seconds.
+    #[arg(long, env = "BERTH_ORPHAN_GRACE_SECONDS", value_name = "SECONDS", default_value_t = 60)]
+    pub orphan_grace_seconds: u64,
+
+    /// Where /healthz, /readyz and /metrics are served; none without it.
+    #[arg(long, env = "BERTH_HEALTH_ADDRESS", value_name = "IP:PORT")]
+    pub health_address: Option<SocketAddr>,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((handler, runtime)) if !handler.is_empty() && !runtime.is_empty() => {
+            Ok((handler.to_owned(), runtime.to_owned()))
+        }
+        _ => Err("expected HANDLER=RUNTIME, for example gvisor=io.containerd.runsc.v1".to_owned()),
+    }
+}
+
+impl AgentArgs {
+    /// Where layers are mounted for a moment.
+    pub fn mnt_dir(&self) -> PathBuf {
+        self.run_dir.join("mnt")
+    }
+
+    /// Where the files to be mounted into bots lie.
+    pub fn files_dir(&self) -> PathBuf {
+        self.run_dir.join("files")
+    }
+
+    /// How long an orphan is left alone.
+    pub fn orphan_grace(&self) -> Duration {
+        Duration::from_secs(self.orphan_grace_seconds)
+    }
+
+    /// RuntimeClass handler -> containerd's runtime.
+    pub fn runtimes(&self) -> BTreeMap<String, String> {
+        let mut runtimes = BTreeMap::from([("runc".to_owned(), bundle::DEFAULT_RUNTIME.to_owned())]);
+        runtimes.extend(self.runtime_handler.iter().cloned());
+        runtimes
+    }
+
+    /// What bots may use in all. `memory` is the machine's, in bytes.
+    pub fn capacity(&self, memory: u64) -> BTreeMap<String, Quantity> {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cpu = self.capacity_cpu.clone().unwrap_or_else(|| cpus.to_string());
+        // A tenth is left to the machine: what kubelet's reserves come to on nodes of usual size.
+        let memory = self.capacity_memory.clone().unwrap_or_else(|| format!("{}Ki", memory / 10 * 9 / 1024));
+        BTreeMap::from([
+            ("cpu".to_owned(), Quantity(cpu)),
+            ("memory".to_owned(), Quantity(memory)),
+            ("bots".to_owned(), Quantity(self.max_bots.to_string())),
+        ])
+    }
+
+    /// The node's addresses.
+    pub fn addresses(&self) -> Vec<NodeAddress> {
+        let ip = self.node_ip.or_else(outgoing_ip);
+        let ip = ip.map(|ip| NodeAddress { type_: "InternalIP".to_owned(), address: ip.to_string() });
+        let name = NodeAddress { type_: "Hostname".to_owned(), address: hostname() };
+        ip.into_iter().chain([name]).collect()
+    }
+
+    /// For the network of bots.
+    pub fn network_options(&self) -> NetworkOptions {
+        NetworkOptions {
+            cni_bin_dirs: self.cni_bin_dir.clone(),
+            run_dir: self.run_dir.clone(),
+            state_dir: self.state_dir.clone(),
+            bridge: self.bridge_name.clone(),
+            ..NetworkOptions::default()
+        }
+    }
+
+    /// For the output of bots.
+    pub fn output_options(&self) -> anyhow::Result<OutputOptions> {
+        Ok(OutputOptions {
+            log_root: self.log_dir.clone(),
+            run_dir: self.run_dir.clone(),
+            max_file_bytes: self.log_file_bytes,
+            max_files: self.log_files,
+            program: std::env::current_exe().context("can't find this program's own file, for the loggers")?,
+            ..OutputOptions::default()
+        })
+    }
+
+    /// For images.
+    pub fn image_options(&self) -> ImageOptions {
+        ImageOptions {
+            mirrors: self.registry_mirror.clone(),
+            max_unpacked_bytes: self.max_image_bytes,
+            ..ImageOptions::default()
+        }
+    }
+
+    /// For containers' specs.
+    pub fn bundle_options(&self, facts: &NodeFacts, runtimes: BTreeMap<String, String>) -> bundle::Options {
+        let ips = facts.addresses.iter().filter(|address| address.type_ == "InternalIP");
+        bundle::Options {
+            files_dir: self.files_dir(),
+            mnt_dir: self.mnt_dir(),
+            netns_dir: self.run_dir.join("netns"),
+            seccomp_dir: self.state_dir.join("seccomp"),
+            zoneinfo_dir: PathBuf::from("/usr/share/zoneinfo"),
+            resolv_conf: self.resolv_conf.clone(),
+            cluster_dns: ClusterDns { ips: self.cluster_dns.clone(), domain: self.cluster_domain.clone() },
+            node_name: self.node_name.clone(),
+            hostname: hostname(),
+            host_ips: ips.map(|address| address.address.clone()).collect(),
+            allocatable: facts.capacity.clone(),
+            runtimes,
+        }
+    }
+}
+
+fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// The address that the kernel would send from to the outside. Nothing is sent: a UDP socket's connect only asks the
+/// routing table. TEST-NET-1 (RFC 5737) stands for the outside.
+fn outgoing_ip() -> Option<std::net::IpAddr> {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let ip = socket.local_addr().ok()?.ip();
+    (!ip.is_unspecified()).then_some(ip)
+}
+
+/// The version of the runc on the path, or `unknown`: containerd does not tell it.
+pub async fn runc_version() -> String {
+    let output = tokio::process::Command::new("runc").arg("--version").kill_on_drop(true).output();
+    let Ok(Ok(output)) = tokio::time::timeout(Duration::from_secs(5), output).await else {
+        return "unknown".to_owned();
+    };
+    let text = String::from_utf8_lossy(&output.stdout);
+    let first = text.lines().next().and_then(|line| line.strip_prefix("runc version "));
+    first.map_or_else(|| "unknown".to_owned(), |version| version.trim().to_owned())
+}

@@ -1,0 +1,339 @@
+//! The agent's own BotNode and its Lease: what this node has, and that somebody looks after it.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
+use k8s_openapi::api::core::v1::NodeAddress;
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, ObjectMeta};
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client, Resource};
+use serde_json::json;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::bot_node::NodeVersions;
+use crate::api::condition::{Reason, api_time, chain};
+use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE};
+use crate::containerd::{CallContext, CallFailed, Containerd};
+use crate::network::Cidr;
+
+/// The Lease is renewed so often, and counts for four times as long, as kubelet's.
+pub const RENEW_EVERY: Duration = Duration::from_secs(10);
+/// See [`RENEW_EVERY`]. Seconds.
+pub const LEASE_SECONDS: i32 = 40;
+
+/// The oldest runtime versions without a known escape that Berth is documented for: FAULTS.md, rule 14.
+const FLOOR_CONTAINERD: [u64; 3] = [1, 6, 0];
+const FLOOR_RUNC: [u64; 3] = [1, 1, 5];
+
+/// What does not change while the agent runs.
+#[derive(Clone, Debug)]
+pub struct NodeFacts {
+    /// Name of the node, the BotNode and the Lease.
+    pub name: String,
+    /// This process, among all that ever were the node's agent.
+    pub instance: String,
+    /// What bots may use in all.
+    pub capacity: BTreeMap<String, Quantity>,
+    /// Where the node is reached.
+    pub addresses: Vec<NodeAddress>,
+    /// RuntimeClass handlers that it can run.
+    pub runtime_handlers: Vec<String>,
+    /// v1, v2 or hybrid.
+    pub cgroup: String,
+    /// Version of runc.
+    pub runc: String,
+}
+
+/// Something about the node's own objects failed.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A write or read of the API server failed.
+    #[error("can't {what} of node {node}")]
+    Api {
+        /// What was tried.
+        what: &'static str,
+        /// Whose.
+        node: String,
+        /// Why not.
+        source: Box<kube::Error>,
+    },
+    /// containerd could not be asked.
+    #[error("can't ask containerd about node {node}")]
+    Containerd {
+        /// Which node.
+        node: String,
+        /// Why not.
+        source: CallFailed,
+    },
+}
+
+/// Keeps BotNode and Lease of one node.
+pub struct Registration {
+    client: Client,
+    containerd: Containerd,
+    facts: NodeFacts,
+}
+
+impl Registration {
+    /// Of the node that `facts` speak of.
+    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts) -> Self {
+        Self { client, containerd, facts }
+    }
+
+    fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
+        let node = self.facts.name.clone();
+        move |source| NodeError::Api { what, node: node.clone(), source: Box::new(source) }
+    }
+
+    /// Creates the BotNode where there is none.
+    pub async fn ensure(&self) -> Result<BotNode, NodeError> {
+        let api: Api<BotNode> = Api::all(self.client.clone());
+        let name = &self.facts.name;
+        if let Some(node) = api.get_opt(name).await.map_err(self.api_failed("read the BotNode"))? {
+            return Ok(node);
+        }
+        let node = BotNode::new(name, Default::default());
+        match api.create(&PostParams { field_manager: Some(AGENT.to_owned()), ..PostParams::default() }, &node).await {
+            Ok(node) => Ok(node),
+            // Somebody was quicker, or our own first try was applied and its answer lost.
+            Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                api.get(name).await.map_err(self.api_failed("read the BotNode"))
+            }
+            Err(error) => Err(self.api_failed("create the BotNode")(error)),
+        }
+    }
+
+    /// What the node is like now, seen from here.
+    async fn observe(&self, live: Option<&BotNodeStatus>) -> Result<BotNodeStatus, NodeError> {
+        let failed = |source| NodeError::Containerd { node: self.facts.name.clone(), source };
+        let version = self.containerd.version().version(self.containerd.request(())).await;
+        let version = version.call("get version of", "containerd").map_err(failed)?.version;
+        let versions = NodeVersions {
+            berth: env!("CARGO_PKG_VERSION").to_owned(),
+            containerd: version,
+            runc: self.facts.runc.clone(),
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            cgroup: self.facts.cgroup.clone(),
+        };
+        let plugins = {
+            use containerd_client::services::v1::PluginsRequest;
+            let request = PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".to_owned()] };
+            let answer = self.containerd.introspection().plugins(self.containerd.request(request)).await;
+            answer.call("list plugins of", "containerd").map_err(failed)?.plugins
+        };
+        let mut snapshotters: Vec<String> =
+            plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
+        snapshotters.sort();
+        let supported = unsupported(&versions);
+        let conditions = vec![
+            node_condition(live, "Ready", true, Reason::AgentReady, "the agent serves its node"),
+            match supported {
+                None => node_condition(live, "RuntimeSupported", true, Reason::Supported, "no known escape"),
+                Some(why) => node_condition(live, "RuntimeSupported", false, Reason::Unsupported, &why),
+            },
+        ];
+        Ok(BotNodeStatus {
+            versions: Some(versions),
+            snapshotters,
+            runtime_handlers: self.facts.runtime_handlers.clone(),
+            capacity: self.facts.capacity.clone(),
+            allocatable: self.facts.capacity.clone(),
+            addresses: self.facts.addresses.clone(),
+            conditions,
+        })
+    }
+
+    /// Brings the BotNode's status up to what is there. Writes only a difference.
+    async fn publish(&self) -> Result<(), NodeError> {
+        let live = self.ensure().await?;
+        let status = self.observe(live.status.as_ref()).await?;
+        if live.status.as_ref() == Some(&status) {
+            return Ok(());
+        }
+        self.apply(&live, &status).await
+    }
+
+    async fn apply(&self, live: &BotNode, status: &BotNodeStatus) -> Result<(), NodeError> {
+        let api: Api<BotNode> = Api::all(self.client.clone());
+        let patch = json!({
+            "apiVersion": BotNode::api_version(&()),
+            "kind": BotNode::kind(&()),
+            "metadata": {
+                "name": self.facts.name,
+                "uid": live.metadata.uid,
+                "resourceVersion": live.metadata.resource_version,
+            },
+            "status": status,
+        });
+        let params = PatchParams::apply(AGENT).force();
+        let done = api.patch_status(&self.facts.name, &params, &Patch::Apply(&patch)).await;
+        done.map(|_| ()).map_err(self.api_failed("write the status of the BotNode"))
+    }
+
+    /// Says that the node has no agent for now. Its bots run on.
+    pub async fn leave(&self) -> Result<(), NodeError> {
+        let live = self.ensure().await?;
+        let mut status = live.status.clone().unwrap_or_default();
+        let ready = node_condition(
+            live.status.as_ref(),
+            "Ready",
+            false,
+            Reason::AgentStopping,
+            "the agent was stopped; its bots run on",
+        );
+        status.conditions.retain(|condition| condition.type_ != "Ready");
+        status.conditions.insert(0, ready);
+        self.apply(&live, &status).await
+    }
+
+    async fn renew(&self) -> Result<(), NodeError> {
+        let api: Api<Lease> = Api::namespaced(self.client.clone(), NODE_LEASE_NAMESPACE);
+        let name = &self.facts.name;
+        let now = MicroTime(Timestamp::now());
+        let spec = |acquired: Option<MicroTime>| LeaseSpec {
+            holder_identity: Some(self.facts.instance.clone()),
+            lease_duration_seconds: Some(LEASE_SECONDS),
+            acquire_time: acquired.or_else(|| Some(now.clone())),
+            renew_time: Some(now.clone()),
+            ..LeaseSpec::default()
+        };
+        match api.get_opt(name).await.map_err(self.api_failed("read the Lease"))? {
+            Some(mut lease) => {
+                let mine = lease.spec.as_ref().filter(|old| old.holder_identity.as_ref() == Some(&self.facts.instance));
+                lease.spec = Some(spec(mine.and_then(|old| old.acquire_time.clone())));
+                let done = api.replace(name, &PostParams::default(), &lease).await;
+                done.map(|_| ()).map_err(self.api_failed("renew the Lease"))
+            }
+            None => {
+                let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+                let lease = Lease { metadata, spec: Some(spec(None)) };
+                let done = api.create(&PostParams::default(), &lease).await;
+                done.map(|_| ()).map_err(self.api_failed("create the Lease"))
+            }
+        }
+    }
+
+    /// Keeps BotNode and Lease until `stop`. A failure is logged and tried again: the controller notices a Lease that
+    /// runs out, and bots run on.
+    pub async fn keep(&self, ready: watch::Sender<bool>, stop: CancellationToken) {
+        loop {
+            // The status first: a fresh Lease says that what the BotNode claims holds.
+            let done = match self.publish().await {
+                Ok(()) => self.renew().await,
+                Err(error) => Err(error),
+            };
+            let wait = match done {
+                Ok(()) => {
+                    ready.send_replace(true);
+                    RENEW_EVERY
+                }
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "BotNode or Lease not kept; tried again");
+                    RENEW_EVERY / 10
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(super::run::jittered(wait)) => {}
+                () = stop.cancelled() => return,
+            }
+        }
+    }
+
+    /// Follows the CIDR that the controller gives this node, until `stop`.
+    pub async fn follow_cidr(&self, cidr: watch::Sender<Option<Cidr>>, stop: CancellationToken) {
+        let api: Api<BotNode> = Api::all(self.client.clone());
+        let config = watcher::Config::default().fields(&format!("metadata.name={}", self.facts.name));
+        let mut nodes = std::pin::pin!(watcher(api, config).default_backoff().applied_objects());
+        loop {
+            let node = tokio::select! {
+                node = nodes.next() => node,
+                () = stop.cancelled() => return,
+            };
+            match node {
+                Some(Ok(node)) => {
+                    let Some(text) = &node.spec.bot_cidr else { continue };
+                    match Cidr::parse(text) {
+                        Ok(new) => {
+                            cidr.send_if_modified(|old| {
+                                let changed = *old != Some(new);
+                                *old = Some(new);
+                                changed
+                            });
+                        }
+                        Err(error) => tracing::error!(error = %chain(&error), "BotNode's spec.botCIDR can't be used"),
+                    }
+                }
+                Some(Err(error)) => tracing::warn!(error = %chain(&error), "the watch of the BotNode failed"),
+                None => return,
+            }
+        }
+    }
+}
+
+fn node_condition(live: Option<&BotNodeStatus>, type_: &str, status: bool, reason: Reason, message: &str) -> Condition {
+    let status = if status { "True" } else { "False" };
+    let old = live.and_then(|live| live.conditions.iter().find(|c| c.type_ == type_));
+    let since = old.filter(|old| old.status == status).map(|old| old.last_transition_time.clone());
+    Condition {
+        type_: type_.to_owned(),
+        status: status.to_owned(),
+        reason: reason.as_str().to_owned(),
+        message: message.to_owned(),
+        last_transition_time: since.unwrap_or_else(|| api_time(Timestamp::now())),
+        observed_generation: None,
+    }
+}
+
+/// Why a node's runtime is below the documented floor; `None` when it is not.
+fn unsupported(versions: &NodeVersions) -> Option<String> {
+    [("containerd", &versions.containerd, FLOOR_CONTAINERD), ("runc", &versions.runc, FLOOR_RUNC)].into_iter().find_map(
+        |(what, version, floor)| match numbers(version) {
+            Some(found) if found < floor => {
+                let [major, minor, patch] = floor;
+                Some(format!("{what} is {version}, below the floor {major}.{minor}.{patch}; upgrade it"))
+            }
+            Some(_) => None,
+            None => Some(format!("the version of {what}, {version:?}, can't be read")),
+        },
+    )
+}
+
+/// The first three numbers of a version such as `1.6.20~ds1` or `v2.1.0-rc.1`.
+fn numbers(version: &str) -> Option<[u64; 3]> {
+    let mut parts = version.trim_start_matches('v').split(['.', '~', '-', '+']);
+    let mut next = || parts.next()?.parse().ok();
+    Some([next()?, next()?, next().unwrap_or(0)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_the_field_are_read() {
+        assert_eq!(numbers("1.6.20~ds1"), Some([1, 6, 20]));
+        assert_eq!(numbers("v2.1.0-rc.1"), Some([2, 1, 0]));
+        assert_eq!(numbers("1.1.5+ds1"), Some([1, 1, 5]));
+        assert_eq!(numbers("2.0"), Some([2, 0, 0]));
+        assert_eq!(numbers("unknown"), None);
+    }
+
+    #[test]
+    fn what_is_below_the_floor_is_said() {
+        let versions = |containerd: &str, runc: &str| NodeVersions {
+            containerd: containerd.into(),
+            runc: runc.into(),
+            ..NodeVersions::default()
+        };
+        assert_eq!(unsupported(&versions("1.6.20", "1.1.5")), None);
+        assert_eq!(unsupported(&versions("2.1.0", "1.3.0")), None);
+        assert!(unsupported(&versions("1.5.9", "1.1.5")).unwrap().contains("containerd is 1.5.9"));
+        assert!(unsupported(&versions("1.6.20", "1.0.3")).unwrap().contains("runc is 1.0.3"));
+    }
+}

@@ -1,0 +1,308 @@
+//! `plan(desired, observed, now)`: the next step, or that nothing is to be done. Pure.
+//!
+//! ```text
+//! gone      task live? -> Stop .. Kill -> Reap -> Remove(layer, network, output) -> RemoveContainer -> Settled(Removed)
+//! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
+//! alive     an end to note? -> Reap / RecordLost
+//!           task live, spec changed -> Stop .. Kill -> Reap
+//!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> StartAttempt      -> Settled(Running)
+//! ```
+//!
+//! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
+//! (invariant 2), and none to removing a layer but from a goal of `Gone` (invariant 1).
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::api::bot_container::{Kept, NetworkMode, RestartPolicy};
+
+use super::desired::{Alive, Desired, Goal, Refusal};
+use super::observe::{Attached, Container, Observed, Output, Task};
+use super::record::{Life, Record, backoff};
+use super::step::{Parts, Step};
+
+/// What comes next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Do this, then look again.
+    Do(Step),
+    /// Nothing to do now.
+    Settled {
+        /// Where the bot stands.
+        state: State,
+        /// Look again then, even if nothing happens.
+        until: Option<Timestamp>,
+    },
+}
+
+/// Where a bot stands while there is nothing to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing of it is left.
+    Removed,
+    /// It runs as asked.
+    Running,
+    /// It is frozen, or was made without being started, as asked.
+    Paused {
+        /// What is kept of it.
+        kept: Kept,
+        /// It was frozen, and its memory is gone since (reboot).
+        memory_lost: bool,
+    },
+    /// Frozen, and a change waits for the restart that it needs.
+    RestartPending,
+    /// No process, as asked.
+    Stopped,
+    /// TERM was sent.
+    Stopping,
+    /// Ended by itself with 0, and is not to be restarted.
+    Completed,
+    /// Ended by itself otherwise, and is not to be restarted.
+    Failed,
+    /// Ended by itself, and is restarted later.
+    BackOff,
+    /// The spec can't be run here.
+    Refused(Refusal),
+    /// containerd has something under the bot's id that is not Berth's.
+    Foreign {
+        /// What makes it foreign.
+        why: String,
+    },
+    /// The image was changed, which this agent can't do to a bot that has a layer.
+    ImageChange,
+}
+
+impl Next {
+    fn settled(state: State) -> Self {
+        Self::Settled { state, until: None }
+    }
+}
+
+/// What to do next for one bot. Total: every pair has an answer.
+pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
+    let record = match &observed.container {
+        // What we can't tell to be ours we neither stop nor remove; the rest of a deleted bot goes all the same.
+        Container::Foreign { why } => {
+            return match &desired.goal {
+                Goal::Gone { .. } => remove_all(observed),
+                _ => Next::settled(State::Foreign { why: why.clone() }),
+            };
+        }
+        Container::Ours(record) => Some(&**record),
+        Container::Absent => None,
+    };
+    match &desired.goal {
+        Goal::Gone { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| remove_all(observed)),
+        Goal::Stopped { grace } => {
+            take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
+        }
+        Goal::Refused(refusal) => Next::settled(State::Refused(refusal.clone())),
+        Goal::Alive(alive) => keep_alive(alive, record, observed, now),
+    }
+}
+
+/// Towards no task. `None` once there is none and its end is noted.
+fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
+    let Some(record) = record else {
+        // A task without a container is not possible in containerd; one that we can't explain is ended.
+        return match observed.task {
+            Task::Absent => None,
+            Task::Stopped { .. } => Some(Next::Do(Step::Reap)),
+            _ => Some(Next::Do(Step::Kill)),
+        };
+    };
+    match observed.task {
+        Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
+        Task::Absent => None,
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        // Never ran: nothing to be polite to.
+        Task::Created => Some(kill(record, now)),
+        Task::Running { .. } | Task::Paused { .. } => Some(stop(record, observed.task, grace, now)),
+    }
+}
+
+/// TERM, then KILL when the grace period is over.
+fn stop(record: &Record, task: Task, grace: Duration, now: Timestamp) -> Next {
+    let Some(ordered) = record.stop_ordered else { return Next::Do(Step::Stop) };
+    // A frozen process answers no signal, and on cgroup v1 not even KILL (runc #3134): it is thawed first.
+    if matches!(task, Task::Paused { .. }) {
+        return Next::Do(Step::Resume);
+    }
+    // An order from the future means that the clock was set back; it must not wait longer than the grace period.
+    let deadline =
+        ordered.saturating_add(grace).unwrap_or(Timestamp::MAX).min(now.saturating_add(grace).unwrap_or(now));
+    if now < deadline {
+        return Next::Settled { state: State::Stopping, until: Some(deadline) };
+    }
+    kill(record, now)
+}
+
+/// How long an ordered KILL may take to be seen before it is sent again.
+pub const KILL_AGAIN: Duration = Duration::from_secs(2);
+
+/// KILL, and again while it shows no effect: a process in uninterruptible sleep takes its time, and the agent may have
+/// died between noting the order and sending it.
+fn kill(record: &Record, now: Timestamp) -> Next {
+    let again = record.kill_ordered.and_then(|at| at.checked_add(KILL_AGAIN).ok());
+    match again {
+        // A time further away than the wait itself means that the clock was set back.
+        Some(again) if now < again && again <= now.saturating_add(KILL_AGAIN).unwrap_or(now) => {
+            Next::Settled { state: State::Stopping, until: Some(again) }
+        }
+        _ => Next::Do(Step::Kill),
+    }
+}
+
+fn stopped(record: Option<&Record>, observed: &Observed) -> Next {
+    let unwanted = Parts {
+        layer: false,
+        network: observed.network != Attached::Absent,
+        output: observed.output != Output::Absent,
+    };
+    if unwanted.any() {
+        return Next::Do(Step::Remove(unwanted));
+    }
+    match record {
+        Some(record) if record.life == Life::Ended => Next::Do(Step::SettleEnd),
+        _ => Next::settled(State::Stopped),
+    }
+}
+
+fn remove_all(observed: &Observed) -> Next {
+    let left = Parts {
+        layer: observed.layer.is_some(),
+        network: observed.network != Attached::Absent,
+        output: observed.output != Output::Absent,
+    };
+    if left.any() {
+        return Next::Do(Step::Remove(left));
+    }
+    match observed.container {
+        Container::Ours(_) => Next::Do(Step::RemoveContainer),
+        Container::Absent | Container::Foreign { .. } => Next::settled(State::Removed),
+    }
+}
+
+fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: Timestamp) -> Next {
+    let Some(record) = record else {
+        if observed.task != Task::Absent {
+            return Next::Do(Step::Kill);
+        }
+        return build_up(alive, None, observed);
+    };
+    let changed = record.hash != alive.hash;
+    let image_changed = record.image != alive.image.to_string();
+    match observed.task {
+        Task::Stopped { .. } | Task::Unknown => Next::Do(Step::Reap),
+        Task::Absent => match record.life {
+            Life::Started { .. } => Next::Do(Step::RecordLost),
+            Life::Ended if changed => Next::Do(Step::SettleEnd),
+            Life::Ended => ended(alive, record, observed, now),
+            Life::Fresh if image_changed => Next::settled(State::ImageChange),
+            Life::Fresh => build_up(alive, Some(record), observed),
+        },
+        Task::Created => {
+            let stale = changed || record.spec_for != record.next_attempt() || observed.output != Output::Drained;
+            if stale || alive.paused || record.stop_ordered.is_some() {
+                // Made from what is no longer asked, or with nobody to drain it; it never ran.
+                kill(record, now)
+            } else {
+                Next::Do(Step::StartAttempt)
+            }
+        }
+        task @ (Task::Running { .. } | Task::Paused { .. }) => {
+            let frozen = matches!(task, Task::Paused { .. });
+            if record.stop_ordered.is_some() {
+                // An order once given is carried out: the process may be half-way down already.
+                return stop(record, task, alive.grace, now);
+            }
+            if changed && frozen && alive.paused {
+                return Next::settled(State::RestartPending);
+            }
+            if changed {
+                return stop(record, task, alive.grace, now);
+            }
+            if observed.output != Output::Drained {
+                return Next::Do(Step::Prepare(Parts { output: true, ..Parts::default() }));
+            }
+            if record.limits != alive.limits {
+                return Next::Do(Step::UpdateLimits);
+            }
+            match (frozen, alive.paused) {
+                (false, true) => Next::Do(Step::Pause),
+                (true, false) => Next::Do(Step::Resume),
+                _ if image_changed => Next::settled(State::ImageChange),
+                (true, true) => Next::settled(State::Paused { kept: Kept::MemoryAndFiles, memory_lost: false }),
+                (false, false) => Next::settled(State::Running),
+            }
+        }
+    }
+}
+
+/// The last attempt ended by itself: the restart policy decides.
+fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) -> Next {
+    let code = record.last.as_ref().map_or(0, |last| last.code);
+    if alive.paused {
+        let memory_lost = record.last.as_ref().is_some_and(|last| last.reason == "TaskLost");
+        return Next::settled(State::Paused { kept: Kept::Files, memory_lost });
+    }
+    let again = match alive.restart_policy {
+        RestartPolicy::Always => true,
+        RestartPolicy::OnFailure => code != 0,
+        RestartPolicy::Never => false,
+    };
+    if !again {
+        // The network of a bot that will not run again is freed; its files and its record stay.
+        let unwanted = Parts {
+            layer: false,
+            network: observed.network != Attached::Absent,
+            output: observed.output != Output::Absent,
+        };
+        if unwanted.any() {
+            return Next::Do(Step::Remove(unwanted));
+        }
+        return Next::settled(if code == 0 { State::Completed } else { State::Failed });
+    }
+    let wait = backoff(record.failures);
+    let since = record.last.as_ref().map_or(now, |last| last.finished_at);
+    // A clock that was set back must not make a wait longer than the back-off itself.
+    let at = since.saturating_add(wait).unwrap_or(now).min(now.saturating_add(wait).unwrap_or(now));
+    if now < at {
+        return Next::Settled { state: State::BackOff, until: Some(at) };
+    }
+    if record.image != alive.image.to_string() {
+        return Next::settled(State::ImageChange);
+    }
+    build_up(alive, Some(record), observed)
+}
+
+/// Towards a task, from none.
+fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next {
+    let missing = Parts {
+        layer: observed.layer.is_none(),
+        network: alive.network != NetworkMode::Host
+            && !alive.paused
+            && !matches!(observed.network, Attached::Ready { .. }),
+        output: !alive.paused && observed.output != Output::Drained,
+    };
+    if missing.any() {
+        return Next::Do(Step::Prepare(missing));
+    }
+    match record {
+        // Created Paused: made, not started.
+        Some(record) if alive.paused && record.hash == alive.hash => {
+            Next::settled(State::Paused { kept: Kept::Files, memory_lost: false })
+        }
+        Some(record)
+            if record.hash == alive.hash
+                && record.limits == alive.limits
+                && record.spec_for == record.next_attempt()
+                && observed.files
+                && !alive.paused =>
+        {
+            Next::Do(Step::StartAttempt)
+        }
+        _ => Next::Do(Step::WriteContainer),
+    }
+}

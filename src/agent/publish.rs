@@ -1,0 +1,84 @@
+//! Tells the API server: statuses by server-side apply, Events.
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::api::{Patch, PatchParams};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Api, Client, Resource};
+use serde_json::json;
+
+use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
+use crate::api::{AGENT, BotContainer, BotContainerStatus};
+
+use super::status::says;
+
+/// Writes statuses and Events of bots.
+#[derive(Clone)]
+pub struct Publisher {
+    client: Client,
+    recorder: Recorder,
+}
+
+/// A status could not be written.
+#[derive(Debug, thiserror::Error)]
+#[error("can't write the status of BotContainer {namespace}/{name}")]
+pub struct PublishFailed {
+    namespace: String,
+    name: String,
+    source: Box<kube::Error>,
+}
+
+impl Publisher {
+    /// `instance` names this agent in Events.
+    pub fn new(client: Client, instance: String) -> Self {
+        let reporter = Reporter { controller: AGENT.to_owned(), instance: Some(instance) };
+        Self { recorder: Recorder::new(client.clone(), reporter), client }
+    }
+
+    /// Writes `status` where the live object says something else; gives back the object as it is then.
+    ///
+    /// The write carries uid and resourceVersion of the object that it was computed from: one that came too late is
+    /// refused, and computed anew from what is there.
+    pub async fn status(
+        &self,
+        live: &BotContainer,
+        status: &BotContainerStatus,
+    ) -> Result<Option<BotContainer>, PublishFailed> {
+        if says(live.status.as_ref(), status) {
+            return Ok(None);
+        }
+        let namespace = live.metadata.namespace.clone().unwrap_or_default();
+        let name = live.metadata.name.clone().unwrap_or_default();
+        let api: Api<BotContainer> = Api::namespaced(self.client.clone(), &namespace);
+        let patch = json!({
+            "apiVersion": BotContainer::api_version(&()),
+            "kind": BotContainer::kind(&()),
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": live.metadata.uid,
+                "resourceVersion": live.metadata.resource_version,
+            },
+            "status": status,
+        });
+        let params = PatchParams::apply(AGENT).force();
+        match api.patch_status(&name, &params, &Patch::Apply(&patch)).await {
+            Ok(newest) => Ok(Some(newest)),
+            Err(source) => Err(PublishFailed { namespace, name, source: Box::new(source) }),
+        }
+    }
+
+    /// Records an Event on a bot. One that can't be written is logged: Events are for people, and no truth hangs on them.
+    pub async fn event(&self, bot: &BotContainer, type_: EventType, reason: Reason, note: String) {
+        let event = Event {
+            type_,
+            reason: reason.as_str().to_owned(),
+            note: Some(cut(&note, MAX_MESSAGE)),
+            action: reason.as_str().to_owned(),
+            secondary: None,
+        };
+        let reference: ObjectReference = bot.object_ref(&());
+        if let Err(error) = self.recorder.publish(&event, &reference).await {
+            tracing::warn!(%reason, note, error = %chain(&error), "Event not written");
+        }
+    }
+}

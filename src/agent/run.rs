@@ -1,0 +1,509 @@
+//! Triggers, concurrency, back-off. One task a bot, and in it one loop: look, plan, do one step, look again.
+//!
+//! A trigger carries no news: API watch, containerd event and timer only wake a bot's loop and say why, for logs and
+//! metrics. The loop reads the newest object, asks the world, and goes on until there is nothing to do.
+//!
+//! The clock is read here and nowhere else.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use kube::runtime::events::EventType;
+use kube::runtime::reflector::{ObjectRef, Store};
+use tokio::sync::{Notify, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::api::BotContainer;
+use crate::api::condition::{Reason, chain};
+use crate::api::ids::BotUid;
+use crate::network::Cidr;
+
+use super::act::{Actor, Work};
+use super::desired::{Desired, Goal, desired};
+use super::metrics::Metrics;
+use super::observe::{Observed, Observer};
+use super::plan::{Next, State, plan};
+use super::publish::Publisher;
+use super::status::{Trouble, report};
+use super::step::Step;
+use super::sweep::Orphan;
+
+/// How long a bot may be on its way before its status says so: most starts and stops are over by then, and a status that
+/// holds for a moment is a write too many.
+const TELL_AFTER: Duration = Duration::from_millis(700);
+
+/// A settled bot is looked at again after this, whatever happens: a lost event costs time, never truth.
+const RESYNC: Duration = Duration::from_secs(300);
+
+/// Back-off of a failing step: doubles from the first to the second.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// See [`RETRY_FIRST`].
+const RETRY_MOST: Duration = Duration::from_secs(300);
+
+/// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
+const SAME_STEP: u32 = 8;
+
+/// Everything that the bots' loops share.
+pub struct Shared {
+    /// Looks.
+    pub observer: Observer,
+    /// Does.
+    pub actor: Actor,
+    /// Tells the API server.
+    pub publisher: Publisher,
+    /// The objects bound to this node.
+    pub bots: Store<BotContainer>,
+    /// Addresses of this node's bots.
+    pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
+    /// The node's snapshotter.
+    pub default_snapshotter: String,
+    /// How many steps may be under way at once.
+    pub steps: Semaphore,
+    /// Counts.
+    pub metrics: Metrics,
+    /// Ends all loops after the step under way.
+    pub stop: CancellationToken,
+}
+
+/// Wakes one bot's loop.
+#[derive(Debug, Default)]
+pub struct Trigger {
+    notify: Notify,
+    reasons: Mutex<Vec<&'static str>>,
+}
+
+impl Trigger {
+    fn wake(&self, reason: &'static str) {
+        let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
+        if !reasons.contains(&reason) {
+            reasons.push(reason);
+        }
+        drop(reasons);
+        self.notify.notify_one();
+    }
+
+    fn take(&self) -> Vec<&'static str> {
+        std::mem::take(&mut *self.reasons.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Who a loop works for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bot {
+    /// Its uid.
+    pub uid: BotUid,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+}
+
+/// All loops, by uid.
+#[derive(Default)]
+pub struct Loops {
+    triggers: HashMap<BotUid, Arc<Trigger>>,
+    tasks: JoinSet<BotUid>,
+}
+
+impl Loops {
+    /// Wakes a bot's loop, and starts it where there is none.
+    pub fn wake(&mut self, shared: &Arc<Shared>, bot: &Bot, reason: &'static str) {
+        if let Some(trigger) = self.triggers.get(&bot.uid) {
+            trigger.wake(reason);
+            return;
+        }
+        let trigger = Arc::new(Trigger::default());
+        trigger.wake(reason);
+        self.triggers.insert(bot.uid.clone(), trigger.clone());
+        let (shared, bot) = (shared.clone(), bot.clone());
+        self.tasks.spawn(async move {
+            let uid = bot.uid.clone();
+            BotLoop::new(shared, bot, trigger).run().await;
+            uid
+        });
+    }
+
+    /// Takes down what no object owns. It counts as the uid's loop until it ends, so that nobody else touches it.
+    pub fn take_down(&mut self, shared: &Arc<Shared>, orphan: Orphan) {
+        if self.triggers.contains_key(&orphan.uid) {
+            return;
+        }
+        self.triggers.insert(orphan.uid.clone(), Arc::default());
+        let shared = shared.clone();
+        self.tasks.spawn(async move {
+            let uid = orphan.uid.clone();
+            orphan.take_down(shared).await;
+            uid
+        });
+    }
+
+    /// The uids that have a loop.
+    pub fn uids(&self) -> BTreeSet<BotUid> {
+        self.triggers.keys().cloned().collect()
+    }
+
+    /// Wakes a loop that is there already.
+    pub fn wake_uid(&self, uid: &BotUid, reason: &'static str) {
+        if let Some(trigger) = self.triggers.get(uid) {
+            trigger.wake(reason);
+        }
+    }
+
+    /// Wakes all loops.
+    pub fn wake_all(&self, reason: &'static str) {
+        for trigger in self.triggers.values() {
+            trigger.wake(reason);
+        }
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.triggers.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.triggers.is_empty()
+    }
+
+    /// Waits until a loop ended, and forgets it. Pending for ever while there is none. An error is a loop's panic: a bug,
+    /// and a bot without a loop, so that the agent had better end and be started again.
+    pub async fn reap(&mut self) -> Result<(), tokio::task::JoinError> {
+        match self.tasks.join_next().await {
+            Some(ended) => {
+                self.triggers.remove(&ended?);
+                Ok(())
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits until all loops have ended.
+    pub async fn join(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+/// A step that failed, and when it is tried again.
+struct Retry {
+    trouble: Trouble,
+    generation: Option<i64>,
+    attempts: u32,
+    at: Instant,
+}
+
+struct BotLoop {
+    shared: Arc<Shared>,
+    bot: Bot,
+    trigger: Arc<Trigger>,
+    retry: Option<Retry>,
+    /// When the bot left its last settled state.
+    busy_since: Option<Instant>,
+    /// The newest object that a write of ours gave back.
+    written: Option<Arc<BotContainer>>,
+}
+
+/// How a pass ended.
+enum Pass {
+    /// Look again at a trigger, or then.
+    Wait(Option<Instant>),
+    /// Nothing of the bot is left here, and no object asks for it.
+    Over,
+}
+
+impl BotLoop {
+    fn new(shared: Arc<Shared>, bot: Bot, trigger: Arc<Trigger>) -> Self {
+        Self { shared, bot, trigger, retry: None, busy_since: None, written: None }
+    }
+
+    async fn run(mut self) {
+        let mut wake_at = Some(Instant::now());
+        loop {
+            let resync = Instant::now() + jittered(RESYNC);
+            let until = wake_at.map_or(resync, |at| at.min(resync));
+            tokio::select! {
+                // Cancelled by nothing but the end of the agent; a trigger that comes meanwhile stays noted.
+                () = self.trigger.notify.notified() => {}
+                () = sleep_until(until) => self.trigger.wake("timer"),
+                () = self.shared.stop.cancelled() => return,
+            }
+            let reasons = self.trigger.take();
+            for reason in &reasons {
+                self.shared.metrics.pass(reason);
+            }
+            tracing::debug!(bot = %self.bot.name, namespace = %self.bot.namespace, uid = %self.bot.uid, ?reasons, "looking");
+            wake_at = match self.pass().await {
+                Pass::Wait(at) => at,
+                Pass::Over => return,
+            };
+        }
+    }
+
+    /// Steps until there is nothing to do now.
+    async fn pass(&mut self) -> Pass {
+        let mut last: Option<(Step, u32)> = None;
+        loop {
+            if self.shared.stop.is_cancelled() {
+                return Pass::Wait(None);
+            }
+            // No object bound to this node has this uid. That alone removes nothing: an unbound bot looks the same from
+            // here (FAULTS.md, rule 1). Whether what is left of it is an orphan, the sweeper finds out.
+            let Some(bot) = self.current() else { return Pass::Over };
+            let desired = match desired(&bot, &self.shared.default_snapshotter) {
+                Ok(desired) => desired,
+                Err(error) => {
+                    tracing::error!(error = %chain(&error), "skipped");
+                    return Pass::Wait(None);
+                }
+            };
+            let observed = match self.shared.observer.observe(&self.bot.uid, &desired.snapshotter).await {
+                Ok(observed) => observed,
+                Err(error) => {
+                    // Nothing is known, so nothing is claimed and nothing is done.
+                    tracing::warn!(bot = %self.bot.name, namespace = %self.bot.namespace, error = %chain(&error), "can't look");
+                    self.shared.metrics.error(Reason::RuntimeUnavailable);
+                    return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
+                }
+            };
+            let next = plan(&desired, &observed, Timestamp::now());
+            match &next {
+                Next::Do(step) => {
+                    if let Some(at) = self.must_wait(*step, &bot) {
+                        self.tell(&bot, &desired, &observed, &next).await;
+                        return Pass::Wait(Some(at));
+                    }
+                    let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
+                    match self.step(*step, &bot, &desired, &observed, &next, busy_since).await {
+                        Ok(()) => {
+                            let repeats = match last {
+                                Some((before, n)) if before == *step => n + 1,
+                                _ => 1,
+                            };
+                            last = Some((*step, repeats));
+                            self.retry = None;
+                            if repeats >= SAME_STEP {
+                                let error =
+                                    format!("the step {step} was done {repeats} times and the bot is as before");
+                                self.failed(*step, Reason::RuntimeFailed, error, true, &bot);
+                            }
+                        }
+                        Err(Failed::Aborted) => {}
+                        Err(Failed::Step { reason, message, retryable }) => {
+                            self.failed(*step, reason, message, retryable, &bot);
+                        }
+                    }
+                }
+                Next::Settled { state, until } => {
+                    self.retry = None;
+                    let passing = matches!(state, State::Stopping);
+                    if passing {
+                        // Most processes end at once: their status goes from Running to Stopped in one write.
+                        let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
+                        let tell_at = busy_since + TELL_AFTER;
+                        if Instant::now() < tell_at {
+                            return Pass::Wait(Some(until.map_or(tell_at, |until| tell_at.min(instant(until)))));
+                        }
+                    } else {
+                        self.busy_since = None;
+                    }
+                    self.tell(&bot, &desired, &observed, &next).await;
+                    return Pass::Wait(until.map(instant));
+                }
+            }
+        }
+    }
+
+    /// The object as this node may know it: the newer of the watch's and our own last write.
+    fn current(&self) -> Option<Arc<BotContainer>> {
+        let key = ObjectRef::new(&self.bot.name).within(&self.bot.namespace);
+        let seen = self.shared.bots.get(&key)?;
+        if seen.metadata.uid.as_deref() != Some(self.bot.uid.as_str()) {
+            return None;
+        }
+        match &self.written {
+            Some(written) if version(written) > version(&seen) => Some(written.clone()),
+            _ => Some(seen),
+        }
+    }
+
+    fn must_wait(&mut self, step: Step, bot: &BotContainer) -> Option<Instant> {
+        let retry = self.retry.as_ref()?;
+        // Another step, or an edit: a new situation, which is tried at once.
+        if retry.trouble.step != step || retry.generation != bot.metadata.generation {
+            self.retry = None;
+            return None;
+        }
+        (Instant::now() < retry.at).then_some(retry.at)
+    }
+
+    fn failed(&mut self, step: Step, reason: Reason, message: String, retryable: bool, bot: &BotContainer) {
+        let attempts = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |r| r.attempts) + 1;
+        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(RETRY_MOST);
+        tracing::warn!(
+            bot = %self.bot.name, namespace = %self.bot.namespace, uid = %self.bot.uid, %step, %reason, attempts,
+            retry_in = ?wait, error = %message, "step failed"
+        );
+        self.shared.metrics.error(reason);
+        let generation = bot.metadata.generation;
+        let trouble = Trouble { step, reason, message, retryable };
+        self.retry = Some(Retry { trouble, generation, attempts, at: Instant::now() + jittered(wait) });
+    }
+
+    /// Does one step, and tells of it when it takes long. Ends early when the bot's goal changes while a `Prepare` is
+    /// under way: a deletion does not wait for a pull.
+    async fn step(
+        &mut self,
+        step: Step,
+        bot: &Arc<BotContainer>,
+        desired: &Desired,
+        observed: &Observed,
+        next: &Next,
+        busy_since: Instant,
+    ) -> Result<(), Failed> {
+        let cidr = self.shared.cidr.borrow().clone();
+        let shared = self.shared.clone();
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref() };
+        let act = async {
+            // The semaphore is never closed; an error would only mean that nothing bounds the steps.
+            let _permit = shared.steps.acquire().await;
+            let began = Instant::now();
+            let done = shared.actor.act(step, &work).await;
+            shared.metrics.step(step, began.elapsed(), done.is_ok());
+            done
+        };
+        tokio::pin!(act);
+        let mut told = false;
+        let abortable = matches!(step, Step::Prepare(_));
+        loop {
+            tokio::select! {
+                done = &mut act => {
+                    let took = busy_since.elapsed();
+                    tracing::debug!(bot = %self.bot.name, %step, ok = done.is_ok(), since_busy = ?took, "step");
+                    return done.map_err(|error| Failed::Step {
+                        reason: error.reason(),
+                        retryable: error.retryable(),
+                        message: chain(&error),
+                    });
+                }
+                // Dropping a Prepare in the middle is what its doc allows: what is half-made is found by name.
+                () = self.trigger.notify.notified(), if abortable => {
+                    if self.goal_changed(desired) {
+                        self.trigger.wake("goal changed");
+                        return Err(Failed::Aborted);
+                    }
+                }
+                () = sleep_until(busy_since + TELL_AFTER), if !told => {
+                    told = true;
+                    self.tell(bot, desired, observed, next).await;
+                }
+            }
+        }
+    }
+
+    fn goal_changed(&self, old: &Desired) -> bool {
+        let Some(bot) = self.current() else { return true };
+        match desired(&bot, &self.shared.default_snapshotter) {
+            Ok(new) => match (&old.goal, &new.goal) {
+                (Goal::Alive(old), Goal::Alive(new)) => old.image != new.image || old.network != new.network,
+                (old, new) => std::mem::discriminant(old) != std::mem::discriminant(new),
+            },
+            Err(_) => true,
+        }
+    }
+
+    /// Brings the object's status up to what was observed, and tells people of what they want to know.
+    async fn tell(&mut self, bot: &Arc<BotContainer>, desired: &Desired, observed: &Observed, next: &Next) {
+        let trouble = self.retry.as_ref().map(|retry| &retry.trouble);
+        // The object may have moved on while a step was done; what was observed of the world holds all the same, but
+        // its generation is that of the spec which was planned for.
+        let live = self.current().unwrap_or_else(|| bot.clone());
+        let generation = bot.metadata.generation;
+        let status = report(generation, desired, observed, next, trouble, live.status.as_ref(), Timestamp::now());
+        match self.shared.publisher.status(&live, &status).await {
+            Ok(Some(newest)) => {
+                for (kind, reason, note) in news(live.status.as_ref(), &status, trouble) {
+                    self.shared.publisher.event(&live, kind, reason, note).await;
+                }
+                self.written = Some(Arc::new(newest));
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(bot = %self.bot.name, namespace = %self.bot.namespace, error = %chain(&error), "status not written");
+                // The write may have been applied and its answer lost; a fresh look tells.
+                self.written = None;
+                self.later();
+            }
+        }
+    }
+
+    /// Looks again in a while, by itself.
+    fn later(&self) {
+        let trigger = self.trigger.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(jittered(Duration::from_millis(250))).await;
+            trigger.wake("status not written");
+        });
+    }
+}
+
+enum Failed {
+    Aborted,
+    Step { reason: Reason, message: String, retryable: bool },
+}
+
+/// What people are told by Events: at most one for a change.
+fn news(
+    old: Option<&crate::api::BotContainerStatus>,
+    new: &crate::api::BotContainerStatus,
+    trouble: Option<&Trouble>,
+) -> Vec<(EventType, Reason, String)> {
+    let mut news = Vec::new();
+    let ended = |status: Option<&crate::api::BotContainerStatus>| status.and_then(|s| s.last_termination.clone());
+    if let Some(last) = ended(Some(new)).filter(|last| ended(old).as_ref() != Some(last)) {
+        let reason = Reason::parse(&last.reason).unwrap_or(Reason::Error);
+        if reason != Reason::Completed {
+            let note = match &last.message {
+                Some(message) => format!("the process ended with exit code {}: {message}", last.exit_code),
+                None => format!("the process ended with exit code {}", last.exit_code),
+            };
+            news.push((EventType::Warning, reason, note));
+        }
+    }
+    let started = |status: Option<&crate::api::BotContainerStatus>| status.and_then(|s| s.task.clone());
+    if let Some(task) = started(Some(new)).filter(|task| started(old).as_ref() != Some(task)) {
+        let image = new.image.as_ref().map_or("", |image| image.reference.as_str());
+        news.push((EventType::Normal, Reason::Started, format!("started {image} as process {}", task.pid)));
+    }
+    let ready = |status: Option<&crate::api::BotContainerStatus>| {
+        status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready").map(|c| c.reason.clone()))
+    };
+    if let Some(trouble) = trouble
+        && ready(old).as_deref() != Some(trouble.reason.as_str())
+    {
+        news.push((EventType::Warning, trouble.reason, trouble.message.clone()));
+    }
+    news
+}
+
+/// Resource versions are decimal numbers that can be compared (KEP-5504); one that is none counts as oldest.
+fn version(bot: &BotContainer) -> u64 {
+    bot.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
+}
+
+/// The same wait, up to a tenth longer, so that many bots do not come at once.
+pub fn jittered(wait: Duration) -> Duration {
+    let mut byte = [0u8; 1];
+    // Without randomness there is no jitter: all right.
+    let _ = rustix::rand::getrandom(&mut byte, rustix::rand::GetRandomFlags::NONBLOCK);
+    wait + wait.mul_f64(f64::from(byte[0]) / 2560.0)
+}
+
+/// When a time of the wall clock comes, by the monotonic clock.
+fn instant(at: Timestamp) -> Instant {
+    let wait = at.duration_since(Timestamp::now());
+    Instant::now() + Duration::try_from(wait).unwrap_or_default()
+}

@@ -1,0 +1,439 @@
+//! What the agent says of a bot: (desired, observed, next, trouble) -> `BotContainerStatus`. Pure.
+//!
+//! Every fact comes out of `Observed`; `Desired` serves only to judge `Ready`. The agent's field manager owns all of the
+//! status but `nodeName`, `botId` and the condition `Scheduled`, which are the controller's.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+
+use crate::api::bot_container::{
+    BotContainerStatus, BotResources, ImageStatus, Kept, NetworkMode, NetworkStatus, Phase, TaskStatus, Termination,
+    Transition,
+};
+use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
+
+use super::desired::{Desired, Goal};
+use super::observe::{Attached, Container, Observed, Task};
+use super::plan::{Next, State};
+use super::record::{Life, Record};
+use super::step::Step;
+
+/// A step that failed, until it succeeds or is not wanted any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// The step.
+    pub step: Step,
+    /// The condition's reason.
+    pub reason: Reason,
+    /// The error with its causes.
+    pub message: String,
+    /// Whether trying again can help.
+    pub retryable: bool,
+}
+
+/// How many transitions a status keeps.
+const TRANSITIONS: usize = 32;
+
+/// What is to be said about `Ready`, and the phase that goes with it.
+struct Verdict {
+    phase: Phase,
+    ready: Option<bool>,
+    reason: Reason,
+    message: String,
+    stalled: bool,
+}
+
+impl Verdict {
+    fn ready(phase: Phase, reason: Reason, message: &str) -> Self {
+        Self { phase, ready: Some(true), reason, message: message.to_owned(), stalled: false }
+    }
+
+    fn working(phase: Phase, reason: Reason, message: impl Into<String>) -> Self {
+        Self { phase, ready: Some(false), reason, message: message.into(), stalled: false }
+    }
+
+    fn stalled(phase: Phase, reason: Reason, message: impl Into<String>) -> Self {
+        Self { phase, ready: Some(false), reason, message: message.into(), stalled: true }
+    }
+}
+
+/// The status to apply. `live` is the one on the object now: times of conditions and the transitions go on from it.
+pub fn report(
+    generation: Option<i64>,
+    desired: &Desired,
+    observed: &Observed,
+    next: &Next,
+    trouble: Option<&Trouble>,
+    live: Option<&BotContainerStatus>,
+    now: Timestamp,
+) -> BotContainerStatus {
+    let record = match &observed.container {
+        Container::Ours(record) => Some(&**record),
+        _ => None,
+    };
+    let verdict = judge(desired, observed, record, next, trouble);
+    let network = match &observed.network {
+        Attached::Ready { ips } if !ips.is_empty() => Some(NetworkStatus {
+            ip: ips.first().map(ToString::to_string),
+            ips: ips.iter().map(ToString::to_string).collect(),
+        }),
+        _ => None,
+    };
+    let (pid, frozen) = match observed.task {
+        Task::Running { pid } => (Some(pid), false),
+        Task::Paused { pid } => (Some(pid), true),
+        _ => (None, false),
+    };
+    let task = pid.zip(record).and_then(|(pid, record)| match record.life {
+        Life::Started { at } => Some(TaskStatus { pid: i64::from(pid), started_at: api_time(at) }),
+        Life::Fresh | Life::Ended => None,
+    });
+    let image = record
+        .map(|record| (&record.image, &record.digest))
+        .or_else(|| observed.layer.as_ref().map(|layer| (&layer.image, &layer.digest)))
+        .map(|(reference, digest)| ImageStatus { reference: reference.clone(), digest: Some(digest.clone()) });
+    let resources = task
+        .as_ref()
+        .and(record)
+        .and_then(|record| serde_json::from_str::<BotResources>(&record.limits).ok())
+        .map(|resources| BotResources { requests: Default::default(), limits: resources.limits })
+        .filter(|resources| !resources.limits.is_empty());
+    let kept = match (&verdict.phase, frozen) {
+        (Phase::Paused, true) => Some(Kept::MemoryAndFiles),
+        (Phase::Paused | Phase::Stopped, _) => Some(Kept::Files),
+        _ => None,
+    };
+    let gone = matches!(next, Next::Settled { state: State::Removed, .. });
+    let mut status = BotContainerStatus {
+        observed_generation: generation,
+        phase: Some(verdict.phase),
+        container_id: record.map(|_| desired.id.to_string()),
+        image,
+        task,
+        last_termination: match record {
+            Some(record) => record.last.as_ref().map(termination),
+            // A container that is gone (deletion, or by a stranger's hand) must not take the last word with it.
+            None => live.and_then(|live| live.last_termination.clone()),
+        },
+        restart_count: Some(match record {
+            Some(record) => i64::try_from(record.restarts).unwrap_or(i64::MAX),
+            None => live.and_then(|live| live.restart_count).unwrap_or(0),
+        }),
+        kept,
+        network,
+        resources,
+        ..BotContainerStatus::default()
+    };
+    let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
+    let mut say = |type_, value, reason, message: &str| {
+        // The time is that of the change of status, not of the look: the old one stays while the status does.
+        let new = condition(type_, value, reason, message, api_time(now));
+        let since = find(old, type_).filter(|old| old.status == new.status).map(|old| old.last_transition_time.clone());
+        status.conditions.push(Condition {
+            last_transition_time: since.unwrap_or(api_time(now)),
+            observed_generation: generation,
+            ..new
+        });
+    };
+    say(ConditionType::Ready, verdict.ready, verdict.reason, &verdict.message);
+    let (running, reason, message) = running(observed, record, gone);
+    say(ConditionType::Running, running, reason, &message);
+    if !gone {
+        let (value, reason, message) = image_ready(desired, observed, trouble);
+        say(ConditionType::ImageReady, value, reason, &message);
+        let (value, reason, message) = network_ready(desired, observed, trouble);
+        say(ConditionType::NetworkReady, value, reason, &message);
+    }
+    if verdict.ready == Some(false) {
+        if verdict.stalled {
+            say(ConditionType::Stalled, Some(true), verdict.reason, &verdict.message);
+        } else {
+            say(ConditionType::Reconciling, Some(true), verdict.reason, &verdict.message);
+        }
+    }
+    status.transitions = transitions(live, &status, now);
+    status
+}
+
+fn judge(
+    desired: &Desired,
+    observed: &Observed,
+    record: Option<&Record>,
+    next: &Next,
+    trouble: Option<&Trouble>,
+) -> Verdict {
+    let live = matches!(observed.task, Task::Running { .. } | Task::Paused { .. });
+    let ordered = record.is_some_and(|record| record.stop_ordered.is_some()) && live;
+    if let Goal::Gone { .. } = desired.goal {
+        return match (next, trouble) {
+            (Next::Settled { state: State::Removed, .. }, _) => Verdict::working(
+                Phase::Terminating,
+                Reason::Removed,
+                "nothing of the bot is left on its node; waiting for the controller",
+            ),
+            (_, Some(trouble)) => Verdict::working(Phase::Terminating, trouble.reason, &trouble.message),
+            _ => Verdict::working(Phase::Terminating, Reason::Terminating, "the bot is being removed from its node"),
+        };
+    }
+    if let Some(trouble) = trouble {
+        let phase = match observed.task {
+            Task::Running { .. } if !ordered => Phase::Running,
+            Task::Paused { .. } if !ordered => Phase::Paused,
+            Task::Running { .. } | Task::Paused { .. } => Phase::Stopping,
+            _ if !trouble.retryable => Phase::Failed,
+            _ => Phase::BackOff,
+        };
+        return if trouble.retryable {
+            Verdict::working(phase, trouble.reason, &trouble.message)
+        } else {
+            Verdict::stalled(phase, trouble.reason, &trouble.message)
+        };
+    }
+    // While the process is what it was, a refusal changes no phase: what runs, runs on.
+    let phase_of_task = match observed.task {
+        Task::Running { .. } => Phase::Running,
+        Task::Paused { .. } => Phase::Paused,
+        _ => Phase::Failed,
+    };
+    match next {
+        Next::Do(step) => match step {
+            Step::Stop | Step::Kill => {
+                Verdict::working(Phase::Stopping, Reason::Stopping, "the process is being stopped")
+            }
+            Step::Pause => Verdict::working(Phase::Running, Reason::Pausing, "the process is being frozen"),
+            Step::Resume if ordered => {
+                Verdict::working(Phase::Stopping, Reason::Stopping, "the process is being stopped")
+            }
+            Step::Resume => Verdict::working(Phase::Paused, Reason::Resuming, "the process is being thawed"),
+            Step::UpdateLimits => Verdict::working(
+                phase_of_task,
+                Reason::Starting,
+                "the new limits are being given to the running process",
+            ),
+            Step::Reap | Step::RecordLost | Step::SettleEnd | Step::Remove(_) | Step::RemoveContainer
+                if matches!(desired.goal, Goal::Stopped { .. }) =>
+            {
+                Verdict::working(Phase::Stopping, Reason::Stopping, "what the process used is being put away")
+            }
+            Step::Prepare(_) if live => {
+                Verdict::working(phase_of_task, Reason::Starting, "the way of the bot's output is being mended")
+            }
+            Step::Prepare(parts) if parts.layer => {
+                Verdict::working(Phase::Starting, Reason::Starting, "image, layer and network are being made")
+            }
+            _ => Verdict::working(Phase::Starting, Reason::Starting, "the process is being started"),
+        },
+        Next::Settled { state, .. } => match state {
+            State::Removed => Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left"),
+            State::Running => Verdict::ready(Phase::Running, Reason::AsAsked, "the process runs as asked"),
+            State::Paused { kept: Kept::MemoryAndFiles, .. } => {
+                Verdict::ready(Phase::Paused, Reason::Paused, "frozen as asked; memory and files are kept")
+            }
+            State::Paused { memory_lost: true, .. } => Verdict::ready(
+                Phase::Paused,
+                Reason::MemoryLost,
+                "paused as asked, but its process ended while it was frozen: its files are kept, its memory is gone",
+            ),
+            State::Paused { .. } => {
+                Verdict::ready(Phase::Paused, Reason::Paused, "made and not started, as asked; files are kept")
+            }
+            State::RestartPending => Verdict::working(
+                Phase::Paused,
+                Reason::RestartPending,
+                "the change of the spec needs a restart, which waits while the bot is paused; \
+                 set operatingMode to Running or Stopped",
+            ),
+            State::Stopped => Verdict::ready(Phase::Stopped, Reason::Stopped, "stopped as asked; files are kept"),
+            State::Stopping => Verdict::working(
+                Phase::Stopping,
+                Reason::Stopping,
+                "the stop signal was sent; KILL follows when terminationGracePeriodSeconds are over",
+            ),
+            State::Completed => {
+                Verdict::ready(Phase::Succeeded, Reason::Completed, "the process ended with 0; restartPolicy ends here")
+            }
+            State::Failed => {
+                let last = record.and_then(|record| record.last.as_ref());
+                let reason = last.and_then(|last| Reason::parse(&last.reason)).unwrap_or(Reason::Error);
+                let code = last.map_or(0, |last| last.code);
+                Verdict::stalled(
+                    Phase::Failed,
+                    reason,
+                    format!("the process ended with exit code {code}, and restartPolicy starts it no more"),
+                )
+            }
+            State::BackOff => {
+                let (code, failures) =
+                    record.map_or((0, 0), |record| (record.last.as_ref().map_or(0, |last| last.code), record.failures));
+                let wait = super::record::backoff(failures).as_secs();
+                Verdict::working(
+                    Phase::BackOff,
+                    Reason::CrashLoopBackOff,
+                    format!(
+                        "the process ended by itself {failures} times in a row, last with exit code {code}; \
+                         it is started again {wait} s after its end"
+                    ),
+                )
+            }
+            State::Refused(refusal) => Verdict::stalled(phase_of_task, refusal.reason, &refusal.message),
+            State::Foreign { why } => Verdict::stalled(
+                Phase::Failed,
+                Reason::ForeignContainer,
+                format!("containerd has a container {} that is not this bot's ({why}); remove it by hand", desired.id),
+            ),
+            State::ImageChange => Verdict::stalled(
+                phase_of_task,
+                Reason::ImageChangeFailed,
+                "this Berth can't move a bot that has a layer to another image yet; set spec.image back, \
+                 or create the bot anew",
+            ),
+        },
+    }
+}
+
+fn running(observed: &Observed, record: Option<&Record>, gone: bool) -> (Option<bool>, Reason, String) {
+    if gone {
+        return (Some(false), Reason::Removed, "nothing of the bot is left on its node".into());
+    }
+    match observed.task {
+        Task::Running { .. } => (Some(true), Reason::Running, "the process runs".into()),
+        Task::Paused { .. } => (Some(false), Reason::Paused, "the process is frozen".into()),
+        Task::Created => (Some(false), Reason::Starting, "the process is made, not started".into()),
+        Task::Unknown => (None, Reason::RuntimeFailed, "containerd does not know the state of the process".into()),
+        Task::Absent | Task::Stopped { .. } => match record.map(|record| (record, record.last.as_ref())) {
+            Some((record, Some(last))) if record.life == Life::Ended => {
+                let reason = Reason::parse(&last.reason).unwrap_or(Reason::Error);
+                (Some(false), reason, format!("the process ended with exit code {}", last.code))
+            }
+            Some((_, Some(_))) => (Some(false), Reason::Stopped, "there is no process".into()),
+            _ => (Some(false), Reason::Stopped, "no process was started yet".into()),
+        },
+    }
+}
+
+fn image_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>) -> (Option<bool>, Reason, String) {
+    if let Some(layer) = &observed.layer {
+        return (Some(true), Reason::ImageReady, format!("{} is {}", layer.image, layer.digest));
+    }
+    match trouble {
+        Some(trouble) if is_image(trouble.reason) => (Some(false), trouble.reason, trouble.message.clone()),
+        _ => match &desired.goal {
+            Goal::Alive(alive) => (Some(false), Reason::Pulling, format!("{} is being pulled", alive.image)),
+            Goal::Refused(refusal) if is_image(refusal.reason) => {
+                (Some(false), refusal.reason, refusal.message.clone())
+            }
+            _ => (Some(false), Reason::Stopped, "no image is needed while the bot has no layer and is stopped".into()),
+        },
+    }
+}
+
+/// Whether a reason speaks of the image.
+pub fn is_image(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::InvalidImageName
+            | Reason::ErrImageNeverPull
+            | Reason::ImageNotFound
+            | Reason::ImageAuthFailed
+            | Reason::RegistryUnavailable
+            | Reason::ImageWrongPlatform
+            | Reason::ImageCorrupt
+            | Reason::ImageTooLarge
+            | Reason::ImagePullBackOff
+    )
+}
+
+fn network_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>) -> (Option<bool>, Reason, String) {
+    let mode = match &desired.goal {
+        Goal::Alive(alive) => Some(alive.network),
+        _ => None,
+    };
+    if mode == Some(NetworkMode::Host) {
+        return (Some(true), Reason::NetworkReady, "the bot uses its node's network".into());
+    }
+    match &observed.network {
+        Attached::Ready { ips } if ips.is_empty() => {
+            (Some(true), Reason::NoNetwork, "network.mode None: loopback only".into())
+        }
+        Attached::Ready { .. } => (Some(true), Reason::NetworkReady, "the bot's network is set up".into()),
+        Attached::Absent | Attached::Partial => match trouble {
+            Some(trouble)
+                if matches!(
+                    trouble.reason,
+                    Reason::NetworkFailed | Reason::AddressesExhausted | Reason::NodeNotConfigured
+                ) =>
+            {
+                (Some(false), trouble.reason, trouble.message.clone())
+            }
+            _ if matches!(desired.goal, Goal::Stopped { .. }) => {
+                (Some(false), Reason::Stopped, "a stopped bot has no network".into())
+            }
+            _ => (Some(false), Reason::Starting, "the bot's network is not set up".into()),
+        },
+    }
+}
+
+fn termination(last: &super::record::Ending) -> Termination {
+    Termination {
+        exit_code: i64::from(last.code),
+        signal: last.signal().map(i64::from),
+        reason: last.reason.clone(),
+        message: Some(last.message.clone()).filter(|message| !message.is_empty()),
+        started_at: last.started_at.map(api_time),
+        finished_at: Some(api_time(last.finished_at)),
+    }
+}
+
+/// What happened between two statuses, appended to what is there; the last 32 stay.
+fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now: Timestamp) -> Vec<Transition> {
+    let none = BotContainerStatus::default();
+    let old = live.unwrap_or(&none);
+    let mut list = old.transitions.clone();
+    let mut seq = list.last().map_or(0, |last| last.seq);
+    let mut add = |type_: &str, at: Timestamp, exit_code, message: Option<String>| {
+        seq += 1;
+        list.push(Transition { seq, type_: type_.to_owned(), at: api_time(at), exit_code, message });
+    };
+    if new.container_id.is_some() && old.container_id.is_none() {
+        add("created", now, None, None);
+    }
+    // In the order in which they happen: an end belongs to the process before the one that runs now.
+    let ended =
+        |status: &BotContainerStatus| status.last_termination.as_ref().and_then(|last| last.finished_at.clone());
+    if let Some(last) = new.last_termination.as_ref().filter(|_| ended(old) != ended(new)) {
+        let type_ = if last.reason == Reason::OOMKilled.as_str() { "oom_killed" } else { "exited" };
+        let at = last.finished_at.as_ref().map_or(now, |at| at.0);
+        add(type_, at, Some(last.exit_code), None);
+    }
+    let started = |status: &BotContainerStatus| status.task.as_ref().map(|task| task.started_at.clone());
+    if let Some(at) = started(new).filter(|_| started(old) != started(new)) {
+        add("started", at.0, None, None);
+    }
+    match (old.phase, new.phase) {
+        (Some(Phase::Paused), Some(Phase::Running)) => add("resumed", now, None, None),
+        (was, Some(Phase::Paused)) if was != Some(Phase::Paused) => add("paused", now, None, None),
+        (was, Some(Phase::Stopped)) if was != Some(Phase::Stopped) => add("stopped", now, None, None),
+        _ => {}
+    }
+    let removed = |status: &BotContainerStatus| {
+        find(&status.conditions, ConditionType::Running).is_some_and(|c| c.reason == Reason::Removed.as_str())
+    };
+    if removed(new) && !removed(old) {
+        add("deleted", now, None, None);
+    }
+    let surplus = list.len().saturating_sub(TRANSITIONS);
+    list.drain(..surplus);
+    list
+}
+
+/// Whether `live` already says what `wanted` does, as far as the agent's fields go.
+pub fn says(live: Option<&BotContainerStatus>, wanted: &BotContainerStatus) -> bool {
+    let Some(live) = live else { return false };
+    let scheduled = ConditionType::Scheduled.as_str();
+    let mut own = BotContainerStatus { node_name: None, bot_id: None, ..live.clone() };
+    own.conditions.retain(|c| c.type_ != scheduled);
+    let mut wanted = wanted.clone();
+    own.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
+    wanted.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
+    own == wanted
+}

@@ -1,0 +1,89 @@
+//! The steps that the agent takes on a bot's way up and down.
+//!
+//! Each is idempotent, and safe to be cut off in the middle: its doc says what is left then, and which step finds it.
+
+use std::fmt;
+
+/// One step. What it works on comes from `Desired` and `Observed`; the step says only what to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Step {
+    /// Make what is missing of layer (pulling its image as the policy says), network and output, side by side. Cut off:
+    /// each is found by its name, computed from the uid, and the next `Prepare` makes the rest; half a pull lies under a
+    /// lease that ends by itself, and the next pull goes on from it.
+    Prepare(Parts),
+    /// Read Secrets and ConfigMaps, make the OCI spec, and create or update the container with it and the record, in one
+    /// call of containerd. Cut off: the container is as before or as wanted; mounted files are written anew next time.
+    WriteContainer,
+    /// Create the task, mark the attempt as started, start it. Cut off before the mark: a task in state created, which
+    /// the next `StartAttempt` starts. Cut off after it: that task is started, or, when it is gone, the attempt counts
+    /// as ended (`RecordLost`) and is not run twice.
+    StartAttempt,
+    /// Freeze the process. Cut off: frozen or not, seen at the next look.
+    Pause,
+    /// Thaw the process.
+    Resume,
+    /// Give the running task its new limits, then note them in the record. Cut off: done again.
+    UpdateLimits,
+    /// Note the order, then send the stop signal, then thaw where it was paused. Cut off: sent again.
+    Stop,
+    /// Note the order, send KILL to all processes, thaw. Cut off: sent again.
+    Kill,
+    /// Note how the process ended in the record, then delete the task. Cut off between: the end is noted already, the
+    /// next `Reap` only deletes.
+    Reap,
+    /// The attempt was marked as started and its task is gone: note that it ended.
+    RecordLost,
+    /// Note that an end by itself is settled, since the bot is to be stopped or its spec changed: the next start asks no
+    /// restart policy.
+    SettleEnd,
+    /// Remove parts that are not wanted any more, side by side. Cut off: the rest is found by name.
+    Remove(Parts),
+    /// Remove the container's record and its lease. The last step of a deletion: until then the record says whose the
+    /// rest is.
+    RemoveContainer,
+}
+
+/// Parts of a bot that are made and removed side by side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Parts {
+    /// The writable layer.
+    pub layer: bool,
+    /// Network namespace and addresses.
+    pub network: bool,
+    /// FIFOs and logger.
+    pub output: bool,
+}
+
+impl Parts {
+    /// Whether there is anything to do.
+    pub fn any(self) -> bool {
+        self.layer || self.network || self.output
+    }
+}
+
+impl Step {
+    /// The step's name, for logs, metrics and fail points.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prepare(_) => "prepare",
+            Self::WriteContainer => "write_container",
+            Self::StartAttempt => "start_attempt",
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::UpdateLimits => "update_limits",
+            Self::Stop => "stop",
+            Self::Kill => "kill",
+            Self::Reap => "reap",
+            Self::RecordLost => "record_lost",
+            Self::SettleEnd => "settle_end",
+            Self::Remove(_) => "remove",
+            Self::RemoveContainer => "remove_container",
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}

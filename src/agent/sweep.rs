@@ -1,0 +1,258 @@
+//! Finds what nobody owns, and removes it by the rule of FAULTS.md: never because it was not listed once.
+//!
+//! ```text
+//! containers, layers, leases of ours; network; output      -> uids that have something on this node
+//!   less those that have a loop                             -> strangers
+//!   less those that a complete list of BotContainers has    -> orphans, since when
+//!   found again by a later complete list, a grace time on   -> taken down as a deleted bot is
+//! ```
+//!
+//! Only what bears a bot's uid in its name or label, in containerd's namespace of ours, is looked at at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use containerd_client::services::v1::snapshots::ListSnapshotsRequest;
+use containerd_client::services::v1::{ListContainersRequest, ListRequest as ListLeasesRequest};
+use jiff::Timestamp;
+use kube::api::ListParams;
+use kube::{Api, Client};
+use tokio::time::Instant;
+
+use crate::api::BotContainer;
+use crate::api::condition::{Reason, chain};
+use crate::api::ids::{BotUid, ContainerId};
+use crate::containerd::{CallContext, CallFailed, Containerd};
+use crate::network::{Network, NetworkError};
+use crate::output::{Output, OutputError};
+
+use super::act::Work;
+use super::desired::{Desired, Goal};
+use super::labels;
+use super::observe::Container;
+use super::plan::{Next, State, plan};
+use super::run::Shared;
+
+/// How often is looked.
+pub const EVERY: Duration = Duration::from_secs(180);
+
+/// KILL follows TERM after this, where no object says how long.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// The sweep could not be done; nothing was removed.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepFailed {
+    /// containerd could not be asked.
+    #[error("can't list what containerd has")]
+    Containerd(#[from] CallFailed),
+    /// The network's traces can't be listed.
+    #[error("can't list the networks of bots")]
+    Network(#[from] NetworkError),
+    /// The output's traces can't be listed.
+    #[error("can't list the outputs of bots")]
+    Output(#[from] OutputError),
+    /// The API server gave no complete list.
+    #[error("can't list the BotContainers")]
+    Api(#[source] Box<kube::Error>),
+}
+
+/// Who something belongs to, as far as it says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Owner {
+    namespace: String,
+    name: String,
+    snapshotter: Option<String>,
+}
+
+/// Something on this node that no BotContainer owns.
+#[derive(Debug)]
+pub struct Orphan {
+    /// The uid that it bears.
+    pub uid: BotUid,
+    owner: Owner,
+}
+
+/// What a look found.
+#[derive(Debug)]
+pub struct Found {
+    /// Orphans whose grace time is over.
+    pub orphans: Vec<Orphan>,
+    /// When the next look is due.
+    pub wait: Duration,
+}
+
+/// Looks for orphans.
+pub struct Sweeper {
+    client: Client,
+    containerd: Containerd,
+    network: Network,
+    output: Output,
+    snapshotters: Vec<String>,
+    grace: Duration,
+    since: BTreeMap<BotUid, Instant>,
+}
+
+impl Sweeper {
+    /// `grace` is how long an orphan is left alone after it was first found.
+    pub fn new(
+        client: Client,
+        containerd: Containerd,
+        network: Network,
+        output: Output,
+        snapshotters: Vec<String>,
+        grace: Duration,
+    ) -> Self {
+        Self { client, containerd, network, output, snapshotters, grace, since: BTreeMap::new() }
+    }
+
+    /// One look; `tended` are the uids that have a loop. Removes nothing.
+    pub async fn sweep(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
+        let mut strangers = self.local().await?;
+        strangers.retain(|uid, _| !tended.contains(uid));
+        let mut found = Found { orphans: Vec::new(), wait: EVERY };
+        if strangers.is_empty() {
+            self.since.clear();
+            return Ok(found);
+        }
+        // Taken after the strangers were found: what is on this list was there when they were.
+        let known = self.known().await?;
+        strangers.retain(|uid, _| !known.contains(uid));
+        self.since.retain(|uid, _| strangers.contains_key(uid));
+        let now = Instant::now();
+        for (uid, owner) in strangers {
+            let since = *self.since.entry(uid.clone()).or_insert(now);
+            let age = now.duration_since(since);
+            if age < self.grace {
+                found.wait = found.wait.min(self.grace - age + Duration::from_millis(100));
+            } else {
+                found.orphans.push(Orphan { uid, owner });
+                // Whether it was really removed, the next look tells.
+                found.wait = found.wait.min(Duration::from_secs(30));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Every uid that has something on this node.
+    async fn local(&self) -> Result<BTreeMap<BotUid, Owner>, SweepFailed> {
+        let mut found: BTreeMap<BotUid, Owner> = BTreeMap::new();
+        let request = self.containerd.request(ListContainersRequest::default());
+        let containers = self.containerd.containers().list(request).await.call("list", "containers")?.containers;
+        for container in containers {
+            let uid = ContainerId::uid_of(&container.id);
+            let label = container.labels.get(labels::UID);
+            // The id alone is no proof: a foreign container may bear any name.
+            if let Some(uid) = uid.filter(|uid| label.map(String::as_str) == Some(uid.as_str())) {
+                found.insert(uid, owner(&container.labels, Some(&container.snapshotter)));
+            }
+        }
+        for snapshotter in &self.snapshotters {
+            let request = ListSnapshotsRequest { snapshotter: snapshotter.clone(), ..ListSnapshotsRequest::default() };
+            let answer = self.containerd.snapshots().list(self.containerd.request(request)).await;
+            let mut pages = answer.map_err(|status| CallFailed {
+                call: "list",
+                object: format!("snapshots of {snapshotter}"),
+                status: Box::new(status),
+            })?;
+            let pages = pages.get_mut();
+            while let Some(page) = pages.message().await.map_err(|status| CallFailed {
+                call: "list",
+                object: format!("snapshots of {snapshotter}"),
+                status: Box::new(status),
+            })? {
+                for info in page.info {
+                    let uid = info.labels.get(labels::UID).and_then(|uid| BotUid::parse(uid).ok());
+                    // Only a bot's active layer: versions (committed) belong to BotSnapshots.
+                    if let Some(uid) = uid.filter(|uid| info.name == labels::first_layer(&uid.container_id())) {
+                        found.entry(uid).or_insert_with(|| owner(&info.labels, Some(snapshotter)));
+                    }
+                }
+            }
+        }
+        let request = self.containerd.request(ListLeasesRequest::default());
+        for lease in self.containerd.leases().list(request).await.call("list", "leases")?.leases {
+            if let Some(uid) = ContainerId::uid_of(&lease.id) {
+                found.entry(uid).or_default();
+            }
+        }
+        for network in self.network.list().await? {
+            if let Some(uid) = ContainerId::uid_of(network.id.as_str()) {
+                found.entry(uid).or_default();
+            }
+        }
+        for output in self.output.list().await? {
+            found.entry(output.uid).or_default();
+        }
+        Ok(found)
+    }
+
+    /// The uids of all BotContainers: a complete list, from etcd rather than from a cache that may be behind.
+    async fn known(&self) -> Result<BTreeSet<BotUid>, SweepFailed> {
+        let api: Api<BotContainer> = Api::all(self.client.clone());
+        let mut known = BTreeSet::new();
+        let mut params = ListParams::default().limit(500);
+        loop {
+            let page = api.list_metadata(&params).await.map_err(|error| SweepFailed::Api(Box::new(error)))?;
+            known.extend(page.items.iter().filter_map(|bot| BotUid::parse(bot.metadata.uid.as_deref()?).ok()));
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok(known),
+            }
+        }
+    }
+}
+
+impl Orphan {
+    /// Takes an orphan down as a deleted bot is.
+    pub async fn take_down(self, shared: Arc<Shared>) {
+        let Self { uid, owner } = &self;
+        tracing::warn!(%uid, namespace = owner.namespace, name = owner.name, "removing what no object owns");
+        shared.metrics.error(Reason::Orphaned);
+        if let Err(error) = self.steps(&shared).await {
+            tracing::warn!(%uid, %error, "what no object owns is not removed yet; the next sweep goes on");
+        }
+    }
+
+    async fn steps(&self, shared: &Shared) -> Result<(), String> {
+        let Self { uid, owner } = self;
+        let mut desired = Desired {
+            uid: uid.clone(),
+            id: uid.container_id(),
+            namespace: owner.namespace.clone(),
+            name: owner.name.clone(),
+            bot_id: String::new(),
+            snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
+            goal: Goal::Gone { grace: GRACE },
+        };
+        let deadline = Instant::now() + GRACE * 3;
+        while Instant::now() < deadline {
+            let observed = shared.observer.observe(uid, &desired.snapshotter).await.map_err(|e| chain(&e))?;
+            if let Container::Ours(record) = &observed.container {
+                desired.namespace.clone_from(&record.namespace);
+                desired.name.clone_from(&record.name);
+            }
+            match plan(&desired, &observed, Timestamp::now()) {
+                Next::Do(step) => {
+                    let work = Work { desired: &desired, bot: None, observed: &observed, cidr: None };
+                    shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
+                }
+                Next::Settled { state: State::Removed, .. } => {
+                    // What is left may be a lease, files or logs alone, which no observation shows.
+                    return shared.actor.remove_rest(&desired).await.map_err(|error| chain(&error));
+                }
+                Next::Settled { .. } => tokio::time::sleep(Duration::from_millis(100)).await,
+            }
+        }
+        Err("its process does not end".to_owned())
+    }
+}
+
+fn owner(labels: &std::collections::HashMap<String, String>, snapshotter: Option<&str>) -> Owner {
+    let label = |key| labels.get(key).cloned().unwrap_or_default();
+    Owner {
+        namespace: label(labels::NAMESPACE),
+        name: label(labels::NAME),
+        snapshotter: snapshotter.filter(|name| !name.is_empty()).map(str::to_owned),
+    }
+}
