@@ -25,6 +25,11 @@ enum Part {
 }
 
 fn main() -> ExitCode {
+    // The logger of bots' output is started by the agent and has to stay small: nothing is parsed or built before it.
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next().is_some_and(|first| first == berth::output::pair::SUBCOMMAND) {
+        return berth::output::pair::main(arguments);
+    }
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
