@@ -40,8 +40,10 @@ pub const READY: &str = "ready";
 /// What it says when another pair holds the lock.
 pub const HELD: &str = "held";
 
-/// A drainer that died younger than this is followed after a pause, so that one that can't live does not take a CPU.
-const INFANT: Duration = Duration::from_millis(200);
+/// So many drainers in a row that died younger than this are followed at once; the next after a pause, so that a pair which
+/// can't live does not take a CPU.
+const INFANT: Duration = Duration::from_millis(10);
+const INFANTS: u32 = 3;
 const INFANT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a pair is started with.
@@ -162,7 +164,10 @@ fn live(settings: &Settings) -> io::Result<&'static str> {
         release_stdio()
     };
     let mut first: Option<&mut dyn FnMut() -> io::Result<()>> = Some(&mut ready);
+    // Both are inherited by the keeper, who so knows how old its drainer is, and how many before it died young.
+    let mut infants = 0;
     loop {
+        let born = Instant::now();
         let is_first = first.is_some();
         let keeper = match drain::run(settings, first.take()) {
             Ok(End::Done) => return Ok(""),
@@ -172,11 +177,13 @@ fn live(settings: &Settings) -> io::Result<&'static str> {
         };
         // The first keeper is forked before `ready` ran; it must not keep the agent waiting for the end of the pipe.
         release_stdio()?;
-        let born = Instant::now();
         match wait_for_end(keeper.as_fd()) {
             Watch::Dismissed => return Ok(""),
-            Watch::Died if born.elapsed() < INFANT => pause(INFANT_PAUSE),
             Watch::Died => {}
+        }
+        infants = if born.elapsed() < INFANT { infants + 1 } else { 0 };
+        if infants > INFANTS {
+            pause(INFANT_PAUSE);
         }
     }
 }
