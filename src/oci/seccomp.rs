@@ -646,3 +646,105 @@ pub fn localhost_profile(directory: BorrowedFd, name: &str) -> Result<LinuxSecco
         .ok_or_else(|| ProfileError::Missing { name: name.to_owned() })?;
     serde_json::from_slice(&text).map_err(|source| ProfileError::Malformed { name: name.to_owned(), source })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::os::fd::AsFd;
+
+    use super::*;
+    use crate::oci::capability;
+
+    fn allowed(held: &Capabilities, machine: Machine) -> BTreeSet<String> {
+        let profile = runtime_default(held, machine);
+        let rules = profile.syscalls().clone().unwrap();
+        let whole = rules.iter().filter(|r| r.args().is_none() && r.action() == LinuxSeccompAction::ScmpActAllow);
+        whole.flat_map(|r| r.names().clone()).collect()
+    }
+
+    #[test]
+    fn no_call_stands_in_two_groups() {
+        let mut seen = BTreeSet::new();
+        for (why, names) in GROUPS {
+            assert!(!why.is_empty());
+            for name in *names {
+                assert!(seen.insert(name), "{name} stands twice");
+            }
+        }
+    }
+
+    #[test]
+    fn a_capability_opens_its_calls_and_no_other_does() {
+        for machine in [Machine::X86_64, Machine::Aarch64] {
+            let none = allowed(&Capabilities::new(), machine);
+            for (cap, names) in BY_CAPABILITY {
+                let with = allowed(&[*cap].into_iter().collect(), machine);
+                let opened: BTreeSet<&str> = with.difference(&none).map(String::as_str).collect();
+                let expected: BTreeSet<&str> = names.iter().copied().filter(|n| !none.contains(*n)).collect();
+                assert_eq!(opened, expected, "{cap}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_reaches_the_host_is_never_allowed_by_default() {
+        let default = allowed(&capability::DEFAULT.into_iter().collect(), Machine::X86_64);
+        for name in [
+            "mount",
+            "umount2",
+            "pivot_root",
+            "move_mount",
+            "open_tree",
+            "fsopen",
+            "unshare",
+            "setns",
+            "clone",
+            "clone3",
+            "bpf",
+            "perf_event_open",
+            "keyctl",
+            "add_key",
+            "request_key",
+            "init_module",
+            "finit_module",
+            "kexec_load",
+            "reboot",
+            "swapon",
+            "iopl",
+            "ioperm",
+            "io_uring_setup",
+            "userfaultfd",
+            "open_by_handle_at",
+            "quotactl",
+            "sethostname",
+            "settimeofday",
+            "process_vm_writev",
+            "pidfd_getfd",
+            "socket",
+            "socketcall",
+            "personality",
+        ] {
+            assert!(!default.contains(name), "{name} is allowed whatever its arguments");
+        }
+    }
+
+    #[test]
+    fn a_profile_of_the_node_is_read_and_its_name_stays_in_the_folder() {
+        let folder = std::env::temp_dir().join(format!("berth-seccomp-{}", std::process::id()));
+        std::fs::create_dir_all(folder.join("in/deep")).unwrap();
+        std::fs::write(folder.join("outside.json"), r#"{"defaultAction": "SCMP_ACT_ALLOW"}"#).unwrap();
+        std::fs::write(folder.join("in/deep/a.json"), r#"{"defaultAction": "SCMP_ACT_LOG"}"#).unwrap();
+        std::fs::write(folder.join("in/bad.json"), "{").unwrap();
+        let directory = std::fs::File::open(folder.join("in")).unwrap();
+        let read = |name: &str| localhost_profile(directory.as_fd(), name);
+        assert_eq!(read("deep/a.json").unwrap().default_action(), LinuxSeccompAction::ScmpActLog);
+        for name in ["../outside.json", "/outside.json", "gone.json", "deep/../../outside.json"] {
+            assert!(matches!(read(name), Err(ProfileError::Missing { .. })), "{name}: {:?}", read(name));
+        }
+        assert!(matches!(read("bad.json"), Err(ProfileError::Malformed { .. })));
+        for name in ["deep", ""] {
+            assert!(read(name).is_err(), "{name:?}");
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+}

@@ -113,7 +113,7 @@ pub struct SpecInput<'a> {
     pub netns: NetworkNamespace<'a>,
     /// resolv.conf, hosts, hostname, localtime, files.
     pub mounts: &'a [BindMount],
-    /// Path of the bot's cgroup, for example `/berth/berth-UID`, or `slice:prefix:name` for systemd.
+    /// Path of the bot's cgroup, `/PARENT/ID`, or `SLICE:PREFIX:ID` for systemd: the container's id stands at its end.
     pub cgroups_path: &'a str,
     /// The profile of `seccompProfile.type: Localhost`, read by [`super::seccomp::localhost_profile`].
     pub localhost_seccomp: Option<&'a LinuxSeccomp>,
@@ -529,9 +529,11 @@ const MASKED: [&str; 12] = [
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
 fn linux(input: &SpecInput, security: &Security) -> Result<Linux, SpecError> {
-    if !input.cgroups_path.starts_with('/') && input.cgroups_path.matches(':').count() != 2 {
-        let right = "use an absolute path, or slice:prefix:name";
-        return Err(SpecError::new("the agent's cgroup path", input.cgroups_path, "is no cgroup", right));
+    // Two bots in one cgroup would be limited, frozen and killed together.
+    let own = input.cgroups_path.ends_with(input.id.as_str());
+    if !own || !input.cgroups_path.starts_with('/') && input.cgroups_path.matches(':').count() != 2 {
+        let right = "use an absolute path or slice:prefix:name, with the container's id at its end";
+        return Err(SpecError::new("the agent's cgroup path", input.cgroups_path, "is no cgroup of this bot", right));
     }
     let mut resources: LinuxResources = linux_resources(input.bot.resources.as_ref(), input.node)?;
     resources.set_devices(Some(device_rules(security.privileged)));

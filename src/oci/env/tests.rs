@@ -26,7 +26,7 @@ fn world() -> World {
         )]),
         secrets: BTreeMap::from([(
             "bot".to_owned(),
-            data(&[("A", b"secret-a"), ("token", b"hunter2"), ("binary", b"\xff\xfe"), ("nul", b"hunter\03")]),
+            data(&[("A", b"secret-a"), ("token", b"hunter2"), ("binary", b"\xff\xfe"), ("nul", b"hunter\x003")]),
         )]),
         labels: pair("app", "web"),
         annotations: pair("example.com/x", "note"),

@@ -1,6 +1,7 @@
 use std::path::Path;
 
 use k8s_openapi::api::core::v1;
+use proptest::prelude::*;
 
 use super::*;
 use crate::api::ids::BotUid;
@@ -39,6 +40,8 @@ pub(crate) fn node() -> NodeFacts {
     }
 }
 
+const ID: &str = "berth-2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
+
 /// What a test changes of an otherwise usual input.
 struct Case {
     bot: BotContainerSpec,
@@ -49,6 +52,7 @@ struct Case {
     mounts: Vec<BindMount>,
     node: NodeFacts,
     hostname: String,
+    cgroups_path: String,
     localhost: Option<LinuxSeccomp>,
 }
 
@@ -62,6 +66,7 @@ fn case(fields: serde_json::Value) -> Case {
         mounts: Vec::new(),
         node: node(),
         hostname: "web".to_owned(),
+        cgroups_path: format!("/berth/{ID}"),
         localhost: None,
     }
 }
@@ -78,7 +83,7 @@ impl Case {
             user: &self.user,
             netns: self.netns,
             mounts: &self.mounts,
-            cgroups_path: "/berth/x",
+            cgroups_path: &self.cgroups_path,
             localhost_seccomp: self.localhost.as_ref(),
             node: &self.node,
         })
@@ -175,7 +180,7 @@ fn a_bot_that_asks_nothing_gets_the_defaults() {
     assert_eq!(spec["root"]["readonly"], false);
     assert_eq!(spec["hostname"], "web");
     assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
-    assert_eq!(spec["linux"]["cgroupsPath"], "/berth/x");
+    assert_eq!(spec["linux"]["cgroupsPath"], format!("/berth/{ID}"));
     assert_eq!(
         spec["linux"]["resources"]["devices"][0],
         serde_json::json!({"allow": false, "type": "a", "access": "rwm"})
@@ -375,6 +380,21 @@ fn host_names_fit_the_kernel() {
 }
 
 #[test]
+fn a_cgroup_is_the_bots_own() {
+    for (path, fits) in [
+        (format!("/berth/{ID}"), true),
+        (format!("berth.slice:cri:{ID}"), true),
+        (format!("berth/{ID}"), false),
+        ("/berth".to_owned(), false),
+        (String::new(), false),
+    ] {
+        let mut case = case(serde_json::json!({}));
+        case.cgroups_path = path.clone();
+        assert_eq!(case.spec().is_ok(), fits, "{path:?}");
+    }
+}
+
+#[test]
 fn the_user_is_as_resolved() {
     let mut case = case(serde_json::json!({}));
     case.user = User { uid: 7, gid: 8, additional_gids: vec![8, 9], home: Some("/home/x".to_owned()) };
@@ -410,4 +430,63 @@ fn an_error_names_field_value_and_what_is_right() {
     );
     assert_eq!(refused.reason(), Reason::InvalidSpec);
     assert!(!refused.retryable());
+}
+
+fn any_security() -> impl Strategy<Value = SecurityContext> {
+    let names = ["ALL", "all", "SYS_ADMIN", "CAP_KILL", "net_raw", "SYS_RESOURCE", "", "ODD"];
+    let list = || proptest::option::of(proptest::collection::vec(proptest::sample::select(names.to_vec()), 0..4));
+    let flag = || proptest::option::of(any::<bool>());
+    (
+        list(),
+        list(),
+        flag(),
+        flag(),
+        flag(),
+        proptest::option::of("Default|Unmasked|x"),
+        proptest::option::of("RuntimeDefault|Unconfined|x"),
+    )
+        .prop_map(|(add, drop, privileged, escalation, read_only, proc_mount, seccomp)| {
+            let owned = |l: Option<Vec<&str>>| l.map(|l| l.into_iter().map(str::to_owned).collect());
+            SecurityContext {
+                capabilities: Some(v1::Capabilities { add: owned(add), drop: owned(drop) }),
+                privileged,
+                allow_privilege_escalation: escalation,
+                read_only_root_filesystem: read_only,
+                proc_mount,
+                seccomp_profile: seccomp.map(|type_| v1::SeccompProfile { type_, localhost_profile: None }),
+                ..SecurityContext::default()
+            }
+        })
+}
+
+proptest! {
+    /// Whatever a bot asks for: it is refused at a field, or gets a spec that holds these.
+    #[test]
+    fn no_bot_gets_what_the_node_lacks_or_loses_its_confinement_unasked(
+        security in any_security(), dir in "\\PC{0,12}|(/(\\.\\.|proc|dev|a)){0,4}", mount in "(/(\\.\\.|proc|etc)){0,3}",
+    ) {
+        let mut case = case(serde_json::json!({}));
+        case.bot.security_context = Some(security.clone());
+        case.bot.working_dir = Some(dir);
+        case.mounts = vec![bind(&mount)];
+        match case.spec() {
+            Err(refused) => prop_assert!(!refused.field().is_empty()),
+            Ok(spec) => {
+                let process = spec.process().as_ref().unwrap();
+                let held = process.capabilities().as_ref().unwrap().bounding().clone().unwrap();
+                prop_assert!(held.is_subset(&case.node.capabilities));
+                let privileged = security.privileged == Some(true);
+                let linux = spec.linux().as_ref().unwrap();
+                let unconfined = security.seccomp_profile.is_some_and(|p| p.type_ == "Unconfined");
+                prop_assert_eq!(linux.seccomp().is_none(), privileged || unconfined);
+                prop_assert_eq!(process.no_new_privileges() == Some(true) && privileged, false);
+                prop_assert!(process.cwd().is_absolute() && !process.cwd().starts_with("/proc"));
+                for mount in spec.mounts().as_ref().unwrap().iter().skip(7) {
+                    prop_assert!(!mount.destination().starts_with("/proc") && mount.destination() != Path::new("/"));
+                }
+                let again: Spec = serde_json::from_value(serde_json::to_value(&spec).unwrap()).unwrap();
+                prop_assert_eq!(again, spec);
+            }
+        }
+    }
 }
