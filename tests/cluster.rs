@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -18,7 +18,7 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node, Secret};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 
-use common::{Agent, Cluster, Namespace, SOON, bot, hack_cluster, run, wait_for};
+use common::{Agent, Cluster, Namespace, SOON, bot, get, hack_cluster, run, wait_for};
 
 const SERVERS: [&str; 5] = ["containerd", "etcd", "kube-apiserver", "kube-controller-manager", "registry"];
 
@@ -98,10 +98,15 @@ fn down_leaves_no_process_mount_port_or_folder_even_after_a_crash() {
     let shim = Path::new(shim.strip_prefix("unix://").unwrap()).to_owned();
     assert!(shim.exists() && !mounts_of(cluster.dir()).is_empty(), "there is something to take down");
 
+    // What a test that was killed leaves: a part without a pid file.
+    let mark = format!("{}:agent-left", cluster.dir().display());
+    let mut left = Command::new("sleep").arg("1000").env("BERTH_PART", mark).stdin(Stdio::null()).spawn().unwrap();
+
     // The worst case: containerd is gone, its shims and a frozen task are not.
     run(Command::new("kill").args(["-KILL", &cluster.pid("containerd").to_string()]));
     cluster.down();
 
+    assert!(!left.wait().unwrap().success(), "the part without a pid file was killed");
     assert_eq!(processes_of(cluster.dir()), Vec::<String>::new());
     assert_eq!(mounts_of(cluster.dir()), Vec::<String>::new());
     assert!(TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err(), "the registry still listens on {port}");
@@ -315,6 +320,38 @@ fn leaks_are_counted_and_a_node_that_is_gone_leaves_none() {
     assert!(mounts_of(&dir).is_empty());
     let left = cluster.ctr("default", ["namespaces", "list", "-q"]);
     assert!(!left.lines().any(|line| line == namespace), "{left}");
+}
+
+#[tokio::test]
+async fn the_demos_bot_says_who_it_is_counts_its_starts_and_ends_on_term() {
+    let cluster = Cluster::shared();
+    let agent = Agent::prepare(cluster, "image");
+    let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    agent.ctr(["images", "pull", "--plain-http", &cluster.image()]);
+    let (image, port_env) = (cluster.image(), format!("PORT={port}"));
+    agent.ctr(["run", "--detach", "--net-host", "--env", &port_env, "--env", "BOT_NAME=ada", &image, "ada"]);
+    for start in 1..=2 {
+        let page = wait_for("the bot's page", SOON, || async {
+            match get((Ipv4Addr::LOCALHOST, port).into(), "/").await? {
+                (200, page) => Ok(page),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+        assert!(page.starts_with(&format!("I am ada, started {start} time")), "{page}");
+
+        agent.ctr(["tasks", "kill", "--signal", "SIGTERM", "ada"]);
+        wait_for("the end after TERM", SOON, || async {
+            let tasks = agent.ctr(["tasks", "list"]);
+            if tasks.contains("STOPPED") { Ok(()) } else { Err(tasks) }
+        })
+        .await;
+        // It tells of success: 0, not 143.
+        agent.ctr(["tasks", "delete", "ada"]);
+        if start == 1 {
+            agent.ctr(["tasks", "start", "--detach", "ada"]);
+        }
+    }
 }
 
 #[tokio::test]

@@ -258,8 +258,8 @@ fn read_env(path: &Path) -> BTreeMap<String, String> {
 
 // ---- Leaks ----------------------------------------------------------------------------------------------------------
 
-/// What `hack/leaks` counted: containers, tasks, snapshots, leases, blobs, images, netns, veth, addresses, mounts, shims,
-/// loggers, cgroups.
+/// What `hack/leaks` counted: containers, tasks, snapshots, leases, blobs, images, netns, veth, addresses, mounts,
+/// shims, loggers, cgroups.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaks(BTreeMap<String, u64>);
 
@@ -721,11 +721,13 @@ impl Namespace {
             let said = output.map(|o| both(&o)).unwrap_or_else(|e| e.to_string());
             format!("---- {} {}\n{said}", program.display(), args.join(" "))
         };
-        let columns = "-ocustom-columns=NAME:.metadata.name,PHASE:.status.phase,NODE:.status.nodeName,\
-                       CONDITIONS:.status.conditions[*]['type','status','reason','message']";
+        let conditions = concat!(
+            r#"-ojsonpath={range .items[*]}{.metadata.name}: {.status.phase} on {.status.nodeName}{"\n"}"#,
+            r#"{range .status.conditions[*]}  {.type}={.status} {.reason}: {.message}{"\n"}{end}{end}"#
+        );
         let mut text = vec![
-            show(&kubectl, &["get", "botcontainers", "-n", &self.name, columns]),
-            show(&kubectl, &["get", "events", "-n", &self.name, "--sort-by=.lastTimestamp"]),
+            show(&kubectl, &["get", "botcontainers", "-n", &self.name, conditions]),
+            show(&kubectl, &["get", "events", "-n", &self.name, "--sort-by=.metadata.creationTimestamp"]),
         ];
         let namespaces = self.cluster.command("ctr").args(["namespaces", "list", "-q"]).output();
         let namespaces = namespaces.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
