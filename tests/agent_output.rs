@@ -595,3 +595,217 @@ async fn figures() {
     waits.sort();
     println!("a line beside `yes` is in the log after: p50 {:?}, max {:?}", waits[50], waits[99]);
 }
+
+/// A containerd of the test's own.
+struct PrivateContainerd {
+    dir: PathBuf,
+    process: std::process::Child,
+    containerd: berth::containerd::Containerd,
+}
+
+impl PrivateContainerd {
+    fn start(dir: &Path) -> Self {
+        let d = dir.display();
+        let config = format!(
+            "version = 2\nroot = \"{d}/root\"\nstate = \"{d}/state\"\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n\
+             [grpc]\naddress = \"{d}/containerd.sock\"\n[ttrpc]\naddress = \"{d}/containerd.sock.ttrpc\"\n\
+             [plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{d}/opt\"\n"
+        );
+        std::fs::create_dir_all(dir).unwrap();
+        std::fs::write(dir.join("config.toml"), config).unwrap();
+        let process = Self::spawn(dir);
+        let containerd = berth::containerd::Containerd::new(&dir.join("containerd.sock"), "berth").unwrap();
+        Self { dir: dir.to_owned(), process, containerd }
+    }
+
+    fn spawn(dir: &Path) -> std::process::Child {
+        let log = File::options().create(true).append(true).open(dir.join("containerd.log")).unwrap();
+        let program = std::env::var_os("BERTH_TEST_CONTAINERD").unwrap_or("containerd".into());
+        let mut command = std::process::Command::new(program);
+        command.arg("--config").arg(dir.join("config.toml")).stdout(log.try_clone().unwrap()).stderr(log);
+        command.spawn().unwrap()
+    }
+
+    /// As on a node where containerd is upgraded: its shims live on.
+    fn restart(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        self.process = Self::spawn(&self.dir);
+    }
+
+    async fn wait_until_it_answers(&self) {
+        let limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            match self.containerd.version().version(self.containerd.request(())).await {
+                Ok(_) => return,
+                Err(status) if Instant::now() > limit => {
+                    let log = std::fs::read_to_string(self.dir.join("containerd.log")).unwrap_or_default();
+                    panic!("containerd does not answer: {status}\n{log}");
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    async fn status(&self, id: &ContainerId) -> i32 {
+        use containerd_client::services::v1::GetRequest;
+        let request = GetRequest { container_id: id.to_string(), exec_id: String::new() };
+        let answer = self.containerd.tasks().get(self.containerd.request(request)).await.unwrap();
+        answer.into_inner().process.unwrap().status
+    }
+}
+
+impl Drop for PrivateContainerd {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        // A test that failed half-way leaves shims of this containerd, and below them bots.
+        let address = self.dir.join("containerd.sock").display().to_string();
+        let mut left: Vec<i32> = Vec::new();
+        for pid in std::fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok()) {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&address) {
+                let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+                left.extend(children.split_whitespace().filter_map(|child| child.parse::<i32>().ok()));
+                left.push(pid);
+            }
+        }
+        left.into_iter().for_each(kill);
+    }
+}
+
+/// A container of busybox with this script, its stdio at `pipes`; the pid of its task.
+async fn start_task(
+    scene: &Scene,
+    server: &PrivateContainerd,
+    bot: &Bot,
+    pipes: &berth::output::Pipes,
+    script: &str,
+) -> u32 {
+    use containerd_client::services::v1::container::Runtime;
+    use containerd_client::services::v1::{Container, CreateContainerRequest, CreateTaskRequest, StartRequest};
+
+    let rootfs = scene.dir.join("rootfs");
+    for dir in ["bin", "proc"] {
+        std::fs::create_dir_all(rootfs.join(dir)).unwrap();
+    }
+    std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).unwrap();
+    let spec = serde_json::json!({
+        "ociVersion": "1.0.2",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["/bin/busybox", "sh", "-c", script], "cwd": "/",
+                    "env": ["PATH=/bin"]},
+        "root": {"path": "rootfs"},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"cgroupsPath": format!("/berth-output-{}/{}", std::process::id(), bot.id),
+                  "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
+    });
+    let spec = prost_types::Any {
+        type_url: "types.containerd.io/opencontainers/runtime-spec/1/Spec".to_owned(),
+        value: spec.to_string().into_bytes(),
+    };
+    let container = Container {
+        id: bot.id.to_string(),
+        runtime: Some(Runtime { name: "io.containerd.runc.v2".to_owned(), options: None }),
+        spec: Some(spec),
+        ..Default::default()
+    };
+    let containerd = &server.containerd;
+    let request = CreateContainerRequest { container: Some(container) };
+    containerd.containers().create(containerd.request(request)).await.unwrap();
+    let request = CreateTaskRequest {
+        container_id: bot.id.to_string(),
+        rootfs: vec![containerd_client::types::Mount {
+            r#type: "bind".to_owned(),
+            source: rootfs.display().to_string(),
+            options: vec!["rbind".to_owned(), "rw".to_owned()],
+            ..Default::default()
+        }],
+        stdout: pipes.stdout.display().to_string(),
+        stderr: pipes.stderr.display().to_string(),
+        ..Default::default()
+    };
+    let pid = containerd.tasks().create(containerd.request(request)).await.unwrap().into_inner().pid;
+    let request = StartRequest { container_id: bot.id.to_string(), exec_id: String::new() };
+    containerd.tasks().start(containerd.request(request)).await.unwrap();
+    pid
+}
+
+/// Ends the task and removes it with its container, as the agent does before it removes the output.
+async fn end_task(server: &PrivateContainerd, bot: &Bot, kill: bool) {
+    use containerd_client::services::v1::{DeleteContainerRequest, DeleteTaskRequest, KillRequest, WaitRequest};
+    let (containerd, container_id) = (&server.containerd, bot.id.to_string());
+    if kill {
+        let request = KillRequest { container_id: container_id.clone(), signal: 9, all: true, ..Default::default() };
+        containerd.tasks().kill(containerd.request(request)).await.unwrap();
+    }
+    let request = WaitRequest { container_id: container_id.clone(), exec_id: String::new() };
+    containerd.tasks().wait(containerd.request(request)).await.unwrap();
+    let request = DeleteTaskRequest { container_id: container_id.clone() };
+    containerd.tasks().delete(containerd.request(request)).await.unwrap();
+    let request = DeleteContainerRequest { id: container_id };
+    containerd.containers().delete(containerd.request(request)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_containerd_a_bot_survives_the_death_of_the_pair_and_of_containerd() {
+    const RUNNING: i32 = containerd_client::types::v1::Status::Running as i32;
+    let scene = Scene::new(|o| o.max_file_bytes = 1 << 30);
+    let mut server = PrivateContainerd::start(&scene.dir.join("containerd"));
+    server.wait_until_it_answers().await;
+    let bot = bot(1);
+    let pipes = scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
+    let script = "i=0; while :; do printf 'line %010d\\n' $i; i=$((i+1)); done";
+    let pid = start_task(&scene, &server, &bot, &pipes, script).await;
+    let grows = async |what: &str| {
+        let before = scene.log(&bot).len();
+        wait_for(what, || {
+            let now = scene.log(&bot).len();
+            if now > before + 100_000 { Ok(()) } else { Err(format!("{before} then {now} bytes")) }
+        })
+        .await;
+    };
+    grows("the first output").await;
+
+    let (drainer, _) = scene.wait_for_pair().await;
+    kill(drainer);
+    grows("output after the drainer's death").await;
+    server.restart();
+    grows("output after containerd's death").await;
+    server.wait_until_it_answers().await;
+
+    // Nobody drains: the FIFO and the pipe behind the shim fill, the bot waits, and lives.
+    let (drainer, keeper) = scene.wait_for_pair().await;
+    for pid in [keeper, drainer] {
+        let pid = rustix::process::Pid::from_raw(pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+    kill(keeper);
+    kill(drainer);
+    wait_for("the bot to wait for its full pipe", || {
+        let wchan = std::fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap();
+        if wchan.contains("pipe_w") { Ok(()) } else { Err(wchan) }
+    })
+    .await;
+    assert_eq!(server.status(&bot.id).await, RUNNING);
+    scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
+    grows("output after ensure").await;
+    assert_eq!(server.status(&bot.id).await, RUNNING);
+
+    end_task(&server, &bot, true).await;
+    scene.output().remove(&bot.id, true).await.unwrap();
+    let kept = numbers(&scene.log(&bot));
+    let lost = kept.last().unwrap() + 1 - kept.len();
+    println!("{} lines, {lost} lost in two deaths of the drainer", kept.len());
+    assert!(lost <= 2 * LOSS, "{lost} lines lost");
+
+    // The next attempt, with the same id, that ends at once: all it said is there when its task is deleted.
+    let pipes = scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
+    let since = jiff::Timestamp::now();
+    start_task(&scene, &server, &bot, &pipes, "echo going down; echo oops >&2; exit 3").await;
+    end_task(&server, &bot, false).await;
+    let said = scene.output().last_output_since(&bot.owner, Some(since), 2048).unwrap();
+    let mut lines: Vec<&str> = said.lines().collect();
+    lines.sort_unstable();
+    assert_eq!(lines, ["going down", "oops"], "{said:?}");
+    scene.output().remove(&bot.id, false).await.unwrap();
+}
