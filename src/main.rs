@@ -23,8 +23,8 @@ struct Command {
     log_format: LogFormat,
 
     /// What is logged, in the syntax of RUST_LOG.
-    #[arg(long, env = "BERTH_LOG", value_name = "FILTER", default_value = "info", global = true)]
-    log: String,
+    #[arg(long, env = "BERTH_LOG_FILTER", value_name = "FILTER", default_value = "info", global = true)]
+    log_filter: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -50,8 +50,8 @@ fn main() -> ExitCode {
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
-        Part::Controller(args) => serve(command.log_format, &command.log, |stop| berth::controller::run(args, stop)),
-        Part::Agent(args) => serve(command.log_format, &command.log, |stop| berth::agent::run(args, stop)),
+        Part::Controller(args) => serve(command.log_format, &command.log_filter, |stop| berth::controller::run(args, stop)),
+        Part::Agent(args) => serve(command.log_format, &command.log_filter, |stop| berth::agent::run(args, stop)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

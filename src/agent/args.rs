@@ -198,6 +198,7 @@ impl AgentArgs {
             run_dir: self.run_dir.clone(),
             max_file_bytes: self.log_file_bytes,
             max_files: self.log_files,
+            cgroup: Some(format!("/{}/logger", self.cgroup_parent.trim_matches('/'))),
             program: std::env::current_exe().context("can't find this program's own file, for the loggers")?,
             ..OutputOptions::default()
         })

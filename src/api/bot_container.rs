@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
     namespaced,
     status = "BotContainerStatus",
     shortname = "bot",
+    shortname = "bots",
     category = "berth",
     derive = "PartialEq",
     doc = "A bot's container: what should run, and what was observed of it.",
