@@ -202,9 +202,25 @@ fn ping_from(bot: &Attachment, address: impl ToString) -> bool {
 
 // ---- reaching and not reaching ----------------------------------------------------------------------------------------
 
+/// With br_netfilter on, as kube-proxy wants it, bridged packets pass the inet tables too; without, they do not. A kernel
+/// that has no br_netfilter has the second case only.
+fn on_hosts_with_and_without_br_netfilter<F: Future<Output = ()>>(test: impl Fn(Host) -> F + Send + Copy + 'static) {
+    const SETTING: &str = "/proc/sys/net/bridge/bridge-nf-call-iptables";
+    if Path::new(SETTING).exists() {
+        for call in ["0", "1"] {
+            on_a_host(move |host| {
+                std::fs::write(SETTING, call).unwrap();
+                test(host)
+            });
+        }
+    } else {
+        on_a_host(test);
+    }
+}
+
 #[test]
 fn bots_of_one_namespace_reach_each_other_and_no_others() {
-    on_a_host(|host| async move {
+    on_hosts_with_and_without_br_netfilter(|host| async move {
         let network = host.network();
         let a = network.ensure(&bot(1), &owner("team-a"), &cidr()).await.unwrap();
         let b = network.ensure(&bot(2), &owner("team-a"), &cidr()).await.unwrap();
@@ -233,7 +249,7 @@ fn bots_of_one_namespace_reach_each_other_and_no_others() {
 
 #[test]
 fn no_way_round_over_the_gateway_ipv6_or_a_learned_address() {
-    on_a_host(|host| async move {
+    on_hosts_with_and_without_br_netfilter(|host| async move {
         let network = host.network();
         let a = network.ensure(&bot(1), &owner("team-a"), &cidr()).await.unwrap();
         let b = network.ensure(&bot(2), &owner("team-b"), &cidr()).await.unwrap();
@@ -461,6 +477,38 @@ fn a_bot_keeps_its_network_over_the_agents_restart_and_leaves_nothing() {
         assert_eq!(network.observe(&bot(1)).await.unwrap(), NetworkState::Absent);
         assert_eq!(network.list().await.unwrap(), []);
         assert_eq!(host.left(), before);
+    });
+}
+
+#[test]
+fn namespaces_are_seen_by_shims_whose_mounts_were_copied_before() {
+    on_a_host(|host| async move {
+        // The host's mounts are private here, as in some containers: then the directory is made a shared mount, once.
+        let network = host.network();
+        let of_ours = || {
+            let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+            table.lines().filter(|l| l.contains("/run/netns ")).map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert!(matches!(of_ours().as_slice(), [one] if one.contains(" shared:")), "{:?}", of_ours());
+        host.network();
+        assert_eq!(of_ours().len(), 1);
+        let mut shim = Command::new("unshare")
+            .args(["--mount", "--propagation", "unchanged", "sh", "-c", "echo up; exec sleep 60"])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(shim.stdout.take().unwrap()), &mut line).unwrap();
+        let seen = || {
+            let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", shim.id())).unwrap();
+            table.lines().filter(|l| l.contains(bot(1).as_str()) && l.contains(" - nsfs ")).count()
+        };
+        network.ensure(&bot(1), &owner("team-a"), &cidr()).await.unwrap();
+        assert_eq!(seen(), 1);
+        network.remove(&bot(1)).await.unwrap();
+        assert_eq!(seen(), 0);
+        shim.kill().unwrap();
+        shim.wait().unwrap();
     });
 }
 
@@ -755,6 +803,11 @@ fn a_plugin_that_fails_tells_why_and_leaves_nothing() {
                 assert!(error.retryable());
                 eventually(name, || (host.left() == before).then_some(()).ok_or_else(|| format!("{:?}", host.left())))
                     .await;
+                eventually(name, || match plugins_alive(&host) {
+                    0 => Ok(()),
+                    n => Err(format!("{n} processes of the plugin live on")),
+                })
+                .await;
                 // Mended, it works.
                 host.network().ensure(&bot(1), &owner("team-a"), &cidr()).await.unwrap();
                 // Broken again, the bot can still be removed.
@@ -764,6 +817,14 @@ fn a_plugin_that_fails_tells_why_and_leaves_nothing() {
             });
         }
     }
+}
+
+/// Processes that were started as a plugin of this host, or by one: they have its namespaces' path in their environment.
+fn plugins_alive(host: &Host) -> usize {
+    let mark = format!("CNI_NETNS={}", host.root.display());
+    let environments =
+        std::fs::read_dir("/proc").unwrap().filter_map(|e| std::fs::read(e.ok()?.path().join("environ")).ok());
+    environments.filter(|text| String::from_utf8_lossy(text).contains(&mark)).count()
 }
 
 #[test]
@@ -893,12 +954,14 @@ fn how_long_it_takes() {
             )
         };
         for id in &ids {
-            let a = network.ensure_loopback_only(id, &own).await.unwrap();
-            for (verb, times) in [("ADD", &mut add), ("DEL", &mut del)] {
+            network.ensure_loopback_only(id, &own).await.unwrap();
+        }
+        for (verb, times) in [("ADD", &mut add), ("DEL", &mut del)] {
+            for id in &ids {
                 let start = Instant::now();
                 let mut child = Command::new(real_plugins().join("bridge"))
                     .envs([("CNI_COMMAND", verb), ("CNI_CONTAINERID", id.as_str()), ("CNI_IFNAME", "eth0")])
-                    .env("CNI_NETNS", &a.netns)
+                    .env("CNI_NETNS", network.netns_path(id))
                     .env("CNI_PATH", real_plugins())
                     .stdin(std::process::Stdio::piped())
                     .stdout(std::process::Stdio::null())
@@ -908,6 +971,8 @@ fn how_long_it_takes() {
                 assert!(child.wait().unwrap().success());
                 times.push(start.elapsed());
             }
+        }
+        for id in &ids {
             network.remove(id).await.unwrap();
         }
         report("bridge ADD alone", add);

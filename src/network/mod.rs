@@ -203,7 +203,8 @@ impl Network {
         self.exclusively(id, move |inner, id| async move { inner.ensure_loopback_only(&id, &owner).await }).await
     }
 
-    /// Looks at what is there of a bot's network. Runs nothing; a few system calls.
+    /// Looks at what is there of a bot's network. Runs nothing; a few system calls, about 0.1 ms. Says nothing of the
+    /// packet rules: those are kept by [`Network::ensure_rules`].
     pub async fn observe(&self, id: &ContainerId) -> Result<NetworkState, NetworkError> {
         self.inner.observe(id).map(|(state, _)| state)
     }
@@ -216,7 +217,8 @@ impl Network {
         self.exclusively(id, |inner, id| async move { inner.remove(&id).await }).await
     }
 
-    /// Every namespace, record and lease of ours on this node, by bot.
+    /// Every namespace, record and lease of ours on this node, by bot. Beside what is known to its bots this shows what a
+    /// plugin left that went on after the agent's death; [`Network::remove`] takes that away too.
     pub async fn list(&self) -> Result<Vec<Found>, NetworkError> {
         let inner = Arc::clone(&self.inner);
         let now = SystemTime::now();
