@@ -1,5 +1,7 @@
 //! BotContainer: desired and observed state of one bot's container.
 
+#![allow(clippy::duplicated_attributes, reason = "two printer columns may be of one type")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
@@ -20,6 +22,7 @@ use serde::{Deserialize, Serialize};
     namespaced,
     status = "BotContainerStatus",
     shortname = "bot",
+    shortname = "bots",
     category = "berth",
     derive = "PartialEq",
     doc = "A bot's container: what should run, and what was observed of it.",

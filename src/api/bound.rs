@@ -22,8 +22,6 @@ pub enum Limit {
     Whole(i64),
     /// An object that is replaced as a whole, as core types have it for a reference.
     Reference,
-    /// A quantity as text: where a type of Kubernetes that we don't own reads text only, a bare number must not get in.
-    QuantityText,
     /// Smallest and largest number.
     Number(i64, i64),
 }
@@ -49,7 +47,7 @@ pub struct Bound {
 }
 
 use Kind::{BotContainer as Bot, BotNode as Node, BotRecord as Record, BotSnapshot as Snap};
-use Limit::{List, Map, Number, QuantityText, Reference, Text, Whole};
+use Limit::{List, Map, Number, Reference, Text, Whole};
 use Merge::{Atomic, By};
 
 /// A DNS label: RFC 1123.
@@ -64,7 +62,7 @@ const PATH: Limit = Text(1024);
 const WORD: Limit = Text(128);
 /// A time in RFC 3339 with as many digits as anyone writes.
 const TIME: Limit = Text(64);
-/// A quantity as text.
+/// A quantity where it is text; it may be a number too.
 const QUANTITY: Limit = Text(64);
 /// A qualified name: a DNS subdomain, a slash, 63 characters.
 const QUALIFIED: Limit = Text(317);
@@ -107,7 +105,7 @@ pub const BOUNDS: &[Bound] = &[
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef", Reference),
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef.containerName", NAME),
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef.resource", WORD),
-    bound(Bot, "spec.env[].valueFrom.resourceFieldRef.divisor", QuantityText),
+    bound(Bot, "spec.env[].valueFrom.resourceFieldRef.divisor", QUANTITY),
     bound(Bot, "spec.envFrom", List(64, Atomic)),
     bound(Bot, "spec.envFrom[].prefix", Text(256)),
     bound(Bot, "spec.envFrom[].configMapRef.name", NAME),
