@@ -1,6 +1,8 @@
 //! What was stored before a rule was there: it can still be observed, let go and repaired, and what was wrong stays refused
 //! when it is written anew.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is how a test fails")]
+
 mod admit;
 
 use admit::{causes, cluster, eventually};

@@ -14,7 +14,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use super::bound::{BOUNDS, Bound, Limit, Merge};
+use super::bound::{BOUNDS, Bound, Limit, Merge, TIME, TIME_LENGTH};
 use super::rule::{Kind, Rule, rules};
 use super::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
@@ -124,6 +124,14 @@ fn bind(field: &mut JSONSchemaProps, bound: &Bound) {
             field.x_kubernetes_map_type = Some("atomic".to_owned());
         }
         Limit::Reference => field.x_kubernetes_map_type = Some("atomic".to_owned()),
+        Limit::Time => {
+            field.max_length = Some(TIME_LENGTH);
+            field.pattern = Some(TIME.to_owned());
+        }
+        Limit::TimeText => {
+            field.max_length = Some(TIME_LENGTH);
+            field.format = None;
+        }
         Limit::Number(least, most) => {
             field.minimum = Some(least as f64);
             // 2^63 - 1 has no exact f64; the format int64 says it already.

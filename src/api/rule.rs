@@ -316,6 +316,10 @@ fn process() -> Vec<Rule> {
             .or("must be printable ASCII characters other than '='"),
         object_name(Kind::BotContainer, "env-from-config-map-name", "spec.envFrom[].configMapRef.name", "a ConfigMap"),
         object_name(Kind::BotContainer, "env-from-secret-name", "spec.envFrom[].secretRef.name", "a Secret"),
+        bot("restarted-at-time", "spec.restartedAt")
+            // The conversion finds the 30th of February, by an error that prints the same words.
+            .must(format!("{} && timestamp(self).getFullYear() > 0", matches(super::bound::TIME)))
+            .or("must be a time in RFC 3339, for example 2026-11-24T10:00:00Z"),
         bot("timezone-name", "spec.timezone")
             .must(format!("{} && self.lowerAscii() != 'local'", matches(TZ_NAME)))
             .or("must be a name of the tz database, for example Europe/Berlin or Etc/UTC"),
@@ -609,8 +613,8 @@ fn data() -> Vec<Rule> {
             .must(r"!self.contains('\u0000')")
             .or("must be text: it contains a NUL character"),
         bot("skills-total", "spec.skills")
-            .must(format!("{sum} <= 524288"))
-            .or("skills must not be larger than 524288 bytes in all; write large ones into the bot's data at run time"),
+            .must(format!("{sum} <= 262144"))
+            .or("skills must not be larger than 262144 bytes in all; write large ones into the bot's data at run time"),
         bot("file-path-clean", "spec.files[].path").must(CLEAN_PATH).or(PATH),
         bot("file-path-kernel", "spec.files[].path").must(OUTSIDE_KERNEL).or(KERNEL),
         bot("file-one-source", "spec.files[]")
@@ -622,8 +626,8 @@ fn data() -> Vec<Rule> {
         object_name(Kind::BotContainer, "file-config-map-name", "spec.files[].configMapKeyRef.name", "a ConfigMap"),
         data_key("file-config-map-key", "spec.files[].configMapKeyRef.key"),
         bot("files-total", "spec.files")
-            .must(format!("{sum} <= 262144"))
-            .or("the content of files must not be larger than 262144 bytes in all; put large ones into ConfigMaps"),
+            .must(format!("{sum} <= 131072"))
+            .or("the content of files must not be larger than 131072 bytes in all; put large ones into ConfigMaps"),
         bot("files-not-nested", "spec.files")
             .must("self.all(f, !self.exists(g, f.path.startsWith(g.path + '/')))")
             .or("must not have a file below another file"),

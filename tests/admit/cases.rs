@@ -353,6 +353,20 @@ fn process() -> Vec<Case> {
         names(bot("env-from-secret-name"), "spec.envFrom[0].secretRef.name", |n| {
             json!({"envFrom": [{"secretRef": {"name": n}}]})
         }),
+        bot("restarted-at-time")
+            .takes_all(
+                ["2026-11-24T10:00:00Z", "2026-11-24T10:00:00.123456789+05:45", "0001-01-01T00:00:00Z", "8999-12-31T23:59:59-23:59"]
+                    .map(|t| json!({"restartedAt": t})),
+            )
+            .refuses_all(
+                [
+                    "", "now", "2026-11-24", "2026-11-24 10:00:00Z", "2026-11-24T10:00:00", "2026-11-24t10:00:00z", "2026-11-24T10:00:00,5Z",
+                    "2026-11-24T10:00:00.1234567891Z", "2026-13-24T10:00:00Z", "2026-02-30T10:00:00Z", "9999-12-31T23:59:59-23:59",
+                ]
+                .map(|t| json!({"restartedAt": t})),
+                "spec.restartedAt",
+                "must be a time in RFC 3339",
+            ),
         time_zones(bot("timezone-name"), "spec.timezone", |z| json!({"timezone": z})),
     ]
 }
@@ -972,11 +986,11 @@ fn files_and_skills() -> Vec<Case> {
             "it contains a NUL character",
         ),
         bot("skills-total")
-            .takes(json!({"skills": (0..4).map(|i| json!({"name": format!("s{i}"), "content": text(131_072)})).collect::<Value>()}))
+            .takes(json!({"skills": (0..2).map(|i| json!({"name": format!("s{i}"), "content": text(131_072)})).collect::<Value>()}))
             .refuses(
-                json!({"skills": (0..5).map(|i| json!({"name": format!("s{i}"), "content": "ä".repeat(65_000)})).collect::<Value>()}),
+                json!({"skills": (0..3).map(|i| json!({"name": format!("s{i}"), "content": "ä".repeat(44_000)})).collect::<Value>()}),
                 "spec.skills",
-                "must not be larger than 524288 bytes in all",
+                "must not be larger than 262144 bytes in all",
             ),
         bot("file-path-clean")
             .takes_all(["/a", "/etc/bot.toml", "/data/.env", "/etc/a b"].map(file))
@@ -996,10 +1010,10 @@ fn files_and_skills() -> Vec<Case> {
         keys(bot("file-secret-key"), "spec.files[0].secretKeyRef.key", |k| source(json!({"secretKeyRef": {"name": "n", "key": k}}))),
         names(bot("file-config-map-name"), "spec.files[0].configMapKeyRef.name", |n| source(json!({"configMapKeyRef": {"name": n, "key": "k"}}))),
         keys(bot("file-config-map-key"), "spec.files[0].configMapKeyRef.key", |k| source(json!({"configMapKeyRef": {"name": "n", "key": k}}))),
-        bot("files-total").takes(source(json!({"content": text(262_144)}))).refuses(
-            json!({"files": [{"path": "/a", "content": text(262_144)}, {"path": "/b", "content": "x"}]}),
+        bot("files-total").takes(source(json!({"content": text(131_072)}))).refuses(
+            json!({"files": [{"path": "/a", "content": text(131_072)}, {"path": "/b", "content": "x"}]}),
             "spec.files",
-            "must not be larger than 262144 bytes in all",
+            "must not be larger than 131072 bytes in all",
         ),
         bot("files-not-nested").takes(files(&["/etc/a", "/etc/ab", "/etc/a.b"])).refuses(
             files(&["/etc/a", "/etc/a/b"]),
