@@ -1,5 +1,7 @@
 //! BotContainer: desired and observed state of one bot's container.
 
+#![allow(clippy::duplicated_attributes, reason = "two printer columns may be of one type")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
@@ -157,11 +159,12 @@ pub struct BotContainerSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot_policy: Option<SnapshotPolicy>,
 
-    /// Each becomes `/data/.skills/NAME/SKILL.md`.
+    /// Each becomes `/data/.skills/NAME/SKILL.md`. Together at most 256 KiB.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skills: Vec<Skill>,
 
-    /// Files mounted into the container from a tmpfs: never part of a layer or snapshot.
+    /// Files mounted into the container from a tmpfs: never part of a layer or snapshot. The `content` of all together is
+    /// at most 128 KiB; a Secret or ConfigMap may hold more.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub files: Vec<FileSpec>,
 }
@@ -248,7 +251,7 @@ pub struct NetworkSpec {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DataSpec {
-    /// Absolute path, not `/` and not under `/proc`, `/sys` or `/dev`.
+    /// Absolute path, not `/` and not under `/proc`, `/sys` or `/dev`. Immutable.
     #[serde(default = "default_data_path")]
     pub path: String,
 }
@@ -297,7 +300,7 @@ fn yes() -> bool {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SnapshotPolicy {
-    /// Five cron fields.
+    /// Five cron fields: minute, hour, day of month, month, day of week; `*`, lists, ranges, steps and English names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<String>,
     /// A name of the tz database. Default: Etc/UTC.
@@ -319,7 +322,7 @@ pub struct SnapshotPolicy {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Skill {
-    /// Its directory's name.
+    /// Its directory's name, a DNS label.
     pub name: String,
     /// One line for the front matter.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -335,7 +338,7 @@ pub struct Skill {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct FileSpec {
-    /// Absolute path in the container.
+    /// Absolute path in the container, not under `/proc`, `/sys` or `/dev`, not that of `data.path` and not in its `.skills`.
     pub path: String,
     /// Permission bits, in octal `0600` or decimal 384. Default: 0644.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -1,5 +1,7 @@
 //! BotNode: what one agent says of its node.
 
+#![allow(clippy::duplicated_attributes, reason = "two printer columns may be of one type")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::NodeAddress;

@@ -1,5 +1,7 @@
 //! BotRecord: what must outlive a BotContainer's status. Its name is the botId, so that creating it is the lock.
 
+#![allow(clippy::duplicated_attributes, reason = "two printer columns may be of one type")]
+
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,5 +1,7 @@
 //! BotSnapshot: one saved version of a bot's writable layer.
 
+#![allow(clippy::duplicated_attributes, reason = "two printer columns may be of one type")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;

@@ -22,11 +22,20 @@ pub enum Limit {
     Whole(i64),
     /// An object that is replaced as a whole, as core types have it for a reference.
     Reference,
-    /// A quantity as text: where a type of Kubernetes that we don't own reads text only, a bare number must not get in.
-    QuantityText,
+    /// A time in RFC 3339 that our own types can read: the format alone lets in a comma, picoseconds and the year 9999 at
+    /// an offset, and one object that can't be read stops every watch of its kind.
+    Time,
+    /// The same where people write it: a CEL rule says so in better words than a pattern's.
+    TimeText,
     /// Smallest and largest number.
     Number(i64, i64),
 }
+
+/// The longest time: 9 digits after the seconds, an offset, and some to spare.
+pub const TIME_LENGTH: i64 = 40;
+
+/// RFC 3339 in capitals, to the nanosecond, up to the year 8999. RE2.
+pub const TIME: &str = "^[0-8][0-9]{3}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])$";
 
 /// How server-side apply merges a list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +58,7 @@ pub struct Bound {
 }
 
 use Kind::{BotContainer as Bot, BotNode as Node, BotRecord as Record, BotSnapshot as Snap};
-use Limit::{List, Map, Number, QuantityText, Reference, Text, Whole};
+use Limit::{List, Map, Number, Reference, Text, Time, TimeText, Whole};
 use Merge::{Atomic, By};
 
 /// A DNS label: RFC 1123.
@@ -62,9 +71,7 @@ const IMAGE: Limit = Text(512);
 const PATH: Limit = Text(1024);
 /// One word: a version, a kind, an address.
 const WORD: Limit = Text(128);
-/// A time in RFC 3339 with as many digits as anyone writes.
-const TIME: Limit = Text(64);
-/// A quantity as text.
+/// A quantity where it is text; it may be a number too.
 const QUANTITY: Limit = Text(64);
 /// A qualified name: a DNS subdomain, a slash, 63 characters.
 const QUALIFIED: Limit = Text(317);
@@ -107,13 +114,13 @@ pub const BOUNDS: &[Bound] = &[
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef", Reference),
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef.containerName", NAME),
     bound(Bot, "spec.env[].valueFrom.resourceFieldRef.resource", WORD),
-    bound(Bot, "spec.env[].valueFrom.resourceFieldRef.divisor", QuantityText),
+    bound(Bot, "spec.env[].valueFrom.resourceFieldRef.divisor", QUANTITY),
     bound(Bot, "spec.envFrom", List(64, Atomic)),
     bound(Bot, "spec.envFrom[].prefix", Text(256)),
     bound(Bot, "spec.envFrom[].configMapRef.name", NAME),
     bound(Bot, "spec.envFrom[].secretRef.name", NAME),
     bound(Bot, "spec.terminationGracePeriodSeconds", Number(0, 86_400)),
-    bound(Bot, "spec.restartedAt", TIME),
+    bound(Bot, "spec.restartedAt", TimeText),
     bound(Bot, "spec.runtimeClassName", NAME),
     bound(Bot, "spec.snapshotter", Text(76)),
     bound(Bot, "spec.resources.requests", Map(8)),
@@ -172,7 +179,7 @@ pub const BOUNDS: &[Bound] = &[
     bound(Bot, "spec.files", List(64, By("path"))),
     bound(Bot, "spec.files[].path", PATH),
     bound(Bot, "spec.files[].mode", Number(0, 0o777)),
-    bound(Bot, "spec.files[].content", Text(262_144)),
+    bound(Bot, "spec.files[].content", Text(131_072)),
     bound(Bot, "spec.files[].secretKeyRef", Reference),
     bound(Bot, "spec.files[].secretKeyRef.name", NAME),
     bound(Bot, "spec.files[].secretKeyRef.key", NAME),
@@ -185,11 +192,11 @@ pub const BOUNDS: &[Bound] = &[
     bound(Bot, "status.containerId", WORD),
     bound(Bot, "status.image.reference", IMAGE),
     bound(Bot, "status.image.digest", Text(256)),
-    bound(Bot, "status.task.startedAt", TIME),
+    bound(Bot, "status.task.startedAt", Time),
     bound(Bot, "status.lastTermination.reason", WORD),
     bound(Bot, "status.lastTermination.message", Text(4096)),
-    bound(Bot, "status.lastTermination.startedAt", TIME),
-    bound(Bot, "status.lastTermination.finishedAt", TIME),
+    bound(Bot, "status.lastTermination.startedAt", Time),
+    bound(Bot, "status.lastTermination.finishedAt", Time),
     bound(Bot, "status.network.ip", LABEL),
     bound(Bot, "status.network.ips", List(16, Atomic)),
     bound(Bot, "status.network.ips[]", LABEL),
@@ -198,22 +205,23 @@ pub const BOUNDS: &[Bound] = &[
     bound(Bot, "status.resources.limits", Map(8)),
     bound(Bot, "status.resources.limits{}", QUANTITY),
     bound(Bot, "status.rollback.id", NAME),
-    bound(Bot, "status.rollback.completedAt", TIME),
+    bound(Bot, "status.rollback.completedAt", Time),
     bound(Bot, "status.lineage", List(256, Atomic)),
     bound(Bot, "status.lineage[].name", Text(256)),
     bound(Bot, "status.lineage[].parent", Text(256)),
     bound(Bot, "status.lineage[].kind", WORD),
-    bound(Bot, "status.lineage[].createdAt", TIME),
-    bound(Bot, "status.transitions", List(32, By("seq"))),
+    bound(Bot, "status.lineage[].createdAt", Time),
+    // 32 are kept; while two managers own some, a few more must fit, or the second one's apply is refused.
+    bound(Bot, "status.transitions", List(64, By("seq"))),
     bound(Bot, "status.transitions[].type", WORD),
-    bound(Bot, "status.transitions[].at", TIME),
+    bound(Bot, "status.transitions[].at", Time),
     bound(Bot, "status.transitions[].message", Text(1024)),
     bound(Bot, "status.conditions", List(32, By("type"))),
     bound(Bot, "status.conditions[].type", Text(316)),
     bound(Bot, "status.conditions[].status", WORD),
     bound(Bot, "status.conditions[].reason", Text(1024)),
     bound(Bot, "status.conditions[].message", Text(32_768)),
-    bound(Bot, "status.conditions[].lastTransitionTime", TIME),
+    bound(Bot, "status.conditions[].lastTransitionTime", Time),
     // BotSnapshot.
     bound(Snap, "spec.botContainerName", NAME),
     bound(Snap, "spec.displayName", NAME),
@@ -229,14 +237,14 @@ pub const BOUNDS: &[Bound] = &[
     bound(Snap, "status.digest", Text(256)),
     bound(Snap, "status.changes.paths", List(100, Atomic)),
     bound(Snap, "status.changes.paths[].path", Text(4096)),
-    bound(Snap, "status.takenAt", TIME),
-    bound(Snap, "status.readyAt", TIME),
+    bound(Snap, "status.takenAt", Time),
+    bound(Snap, "status.readyAt", Time),
     bound(Snap, "status.conditions", List(32, By("type"))),
     bound(Snap, "status.conditions[].type", Text(316)),
     bound(Snap, "status.conditions[].status", WORD),
     bound(Snap, "status.conditions[].reason", Text(1024)),
     bound(Snap, "status.conditions[].message", Text(32_768)),
-    bound(Snap, "status.conditions[].lastTransitionTime", TIME),
+    bound(Snap, "status.conditions[].lastTransitionTime", Time),
     // BotRecord.
     bound(Record, "spec.botId", LABEL),
     bound(Record, "spec.holder", Reference),
@@ -268,5 +276,5 @@ pub const BOUNDS: &[Bound] = &[
     bound(Node, "status.conditions[].status", WORD),
     bound(Node, "status.conditions[].reason", Text(1024)),
     bound(Node, "status.conditions[].message", Text(32_768)),
-    bound(Node, "status.conditions[].lastTransitionTime", TIME),
+    bound(Node, "status.conditions[].lastTransitionTime", Time),
 ];

@@ -14,7 +14,7 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
 };
 use kube::CustomResourceExt;
 
-use super::bound::{BOUNDS, Bound, Limit, Merge};
+use super::bound::{BOUNDS, Bound, Limit, Merge, TIME, TIME_LENGTH};
 use super::rule::{Kind, Rule, rules};
 use super::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
@@ -124,10 +124,13 @@ fn bind(field: &mut JSONSchemaProps, bound: &Bound) {
             field.x_kubernetes_map_type = Some("atomic".to_owned());
         }
         Limit::Reference => field.x_kubernetes_map_type = Some("atomic".to_owned()),
-        Limit::QuantityText => {
-            field.x_kubernetes_int_or_string = None;
-            field.type_ = Some("string".to_owned());
-            field.max_length = Some(64);
+        Limit::Time => {
+            field.max_length = Some(TIME_LENGTH);
+            field.pattern = Some(TIME.to_owned());
+        }
+        Limit::TimeText => {
+            field.max_length = Some(TIME_LENGTH);
+            field.format = None;
         }
         Limit::Number(least, most) => {
             field.minimum = Some(least as f64);
@@ -138,13 +141,20 @@ fn bind(field: &mut JSONSchemaProps, bound: &Bound) {
 }
 
 fn written(rule: &Rule) -> ValidationRule {
+    let now = &rule.cel;
+    let cel = if rule.spares_old {
+        let before = now.replace("self.", "oldSelf.value().");
+        format!("({now}) || (oldSelf.hasValue() && !({before}))")
+    } else {
+        now.to_string()
+    };
     ValidationRule {
-        rule: rule.cel.to_string(),
+        rule: cel,
         message: Some(rule.message.to_string()),
         message_expression: rule.says.as_ref().map(ToString::to_string),
         reason: Some(rule.why.as_str().to_owned()),
         field_path: (!rule.field.is_empty()).then(|| rule.field.to_owned()),
-        optional_old_self: None,
+        optional_old_self: rule.spares_old.then_some(true),
     }
 }
 

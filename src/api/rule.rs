@@ -70,12 +70,15 @@ pub struct Rule {
     pub says: Option<Cow<'static, str>>,
     /// Kind of refusal.
     pub why: Why,
+    /// What was wrong already may stay so while other things below `at` change: for rules that compare two fields of a
+    /// large object, which the API server's own ratcheting takes as changed with each of its fields.
+    pub spares_old: bool,
 }
 
 impl Rule {
     fn new(kind: Kind, name: &'static str, at: &'static str) -> Self {
         let (cel, message) = (Cow::Borrowed(""), Cow::Borrowed(""));
-        Self { name, kind, at, cel, field: "", message, says: None, why: Why::Invalid }
+        Self { name, kind, at, cel, field: "", message, says: None, why: Why::Invalid, spares_old: false }
     }
 
     fn must(mut self, cel: impl Into<Cow<'static, str>>) -> Self {
@@ -95,6 +98,11 @@ impl Rule {
 
     fn names(mut self, field: &'static str) -> Self {
         self.field = field;
+        self
+    }
+
+    fn spares_old(mut self) -> Self {
+        self.spares_old = true;
         self
     }
 
@@ -292,10 +300,10 @@ fn process() -> Vec<Rule> {
             .must("self in ['limits.cpu', 'limits.memory', 'requests.cpu', 'requests.memory']")
             .or("must be limits.cpu, limits.memory, requests.cpu or requests.memory"),
         bot("env-resource-divisor", "spec.env[].valueFrom.resourceFieldRef")
-            .must("!has(self.divisor) || (self.resource.endsWith('.cpu') ? self.divisor in ['0', '1', '1m'] : self.divisor in ['0', '1', '1k', '1M', '1G', '1T', '1P', '1E', '1Ki', '1Mi', '1Gi', '1Ti', '1Pi', '1Ei'])")
+            .must("!has(self.divisor) || (self.resource.endsWith('.cpu') ? string(self.divisor) in ['0', '1', '1m'] : string(self.divisor) in ['0', '1', '1k', '1M', '1G', '1T', '1P', '1E', '1Ki', '1Mi', '1Gi', '1Ti', '1Pi', '1Ei'])")
             .names(".divisor")
             .or("must be 1 or 1m for cpu; 1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory")
-            .says("'is ' + self.divisor + ' and must be ' + (self.resource.endsWith('.cpu') ? '1 or 1m for cpu' : '1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory')"),
+            .says("'is ' + string(self.divisor) + ' and must be ' + (self.resource.endsWith('.cpu') ? '1 or 1m for cpu' : '1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory')"),
         bot("env-resource-container", "spec.env[].valueFrom.resourceFieldRef.containerName")
             .must("self == ''")
             .or("must be left out: a bot is one container"),
@@ -308,6 +316,10 @@ fn process() -> Vec<Rule> {
             .or("must be printable ASCII characters other than '='"),
         object_name(Kind::BotContainer, "env-from-config-map-name", "spec.envFrom[].configMapRef.name", "a ConfigMap"),
         object_name(Kind::BotContainer, "env-from-secret-name", "spec.envFrom[].secretRef.name", "a Secret"),
+        bot("restarted-at-time", "spec.restartedAt")
+            // The conversion finds the 30th of February, by an error that prints the same words.
+            .must(format!("{} && timestamp(self).getFullYear() > 0", matches(super::bound::TIME)))
+            .or("must be a time in RFC 3339, for example 2026-11-24T10:00:00Z"),
         bot("timezone-name", "spec.timezone")
             .must(format!("{} && self.lowerAscii() != 'local'", matches(TZ_NAME)))
             .or("must be a name of the tz database, for example Europe/Berlin or Etc/UTC"),
@@ -317,12 +329,15 @@ fn process() -> Vec<Rule> {
 fn resources() -> Vec<Rule> {
     // The server's schema takes number and text alike here, so each value is made text before it is read.
     fn good(map: &str, key: &str) -> String {
-        format!("has(self.{map}) && '{key}' in self.{map} && isQuantity(string(self.{map}['{key}']))")
+        let value = format!("string(self.{map}['{key}'])");
+        format!(
+            "has(self.{map}) && '{key}' in self.{map} && isQuantity({value}) && !quantity({value}).isLessThan(quantity('0'))"
+        )
     }
     let value = |name, at: &'static str| {
         bot(name, at)
-            .must("isQuantity(string(self)) && !quantity(string(self)).isLessThan(quantity('0'))")
-            .or("must be a quantity that is not negative, for example 500m or 2 for cpu, 512Mi or 2Gi for memory")
+            .must("isQuantity(string(self)) && !quantity(string(self)).isLessThan(quantity('0')) && !quantity(string(self)).isGreaterThan(quantity('1Ei'))")
+            .or("must be a quantity from 0 to 1Ei, for example 500m or 2 for cpu, 512Mi or 2Gi for memory")
     };
     let keys = |name, at: &'static str, known: &str, words: &str| {
         bot(name, at)
@@ -352,7 +367,8 @@ fn resources() -> Vec<Rule> {
         |map: &str, key: &str, least: &str| {
             format!("quantity(string(self.{map}['{key}'])).compareTo(quantity('{least}')) >= 0")
         },
-        |map: &str, key: &str| format!("quantity(string(self.{map}['{key}'])).isInteger()"),
+        // Not isInteger(): to it 1.5Gi is none.
+        |map: &str| format!("!string(self.{map}['memory']).matches('[num]$')"),
     );
     vec![
         keys("requests-keys", "spec.resources.requests", "'cpu', 'memory'", "cpu and memory"),
@@ -374,7 +390,7 @@ fn resources() -> Vec<Rule> {
             "limits",
             ".limits.memory",
             "memory",
-            &format!("({} && {})", whole("limits", "memory"), at_least("limits", "memory", "6Mi")),
+            &format!("({} && {})", whole("limits"), at_least("limits", "memory", "6Mi")),
             "must be whole bytes, at least 6Mi (a trailing m means thousandths: 512Mi, not 512m); leave it out for no limit",
         ),
         floor(
@@ -382,7 +398,7 @@ fn resources() -> Vec<Rule> {
             "requests",
             ".requests.memory",
             "memory",
-            &whole("requests", "memory"),
+            &whole("requests"),
             "must be whole bytes (a trailing m means thousandths: 512Mi, not 512m)",
         ),
         // 4,194,304 is the kernel's PID_MAX_LIMIT on 64 bits.
@@ -393,7 +409,7 @@ fn resources() -> Vec<Rule> {
             "pids",
             &format!(
                 "({} && {} && quantity(string(self.limits['pids'])).compareTo(quantity('4194304')) <= 0)",
-                whole("limits", "pids"),
+                "quantity(string(self.limits['pids'])).isInteger()",
                 at_least("limits", "pids", "1")
             ),
             "must be a whole number from 1 to 4194304",
@@ -504,6 +520,7 @@ fn network() -> Vec<Rule> {
             .must("!has(self.dnsPolicy) || self.dnsPolicy != 'None' || (has(self.dnsConfig) && has(self.dnsConfig.nameservers) && self.dnsConfig.nameservers.size() > 0)")
             .names(".dnsConfig.nameservers")
             .or("must have at least one address when dnsPolicy is None")
+            .spares_old()
             .is(Why::Required),
         bot("dns-server-ip", "spec.dnsConfig.nameservers[]")
             .must("isIP(self)")
@@ -596,8 +613,8 @@ fn data() -> Vec<Rule> {
             .must(r"!self.contains('\u0000')")
             .or("must be text: it contains a NUL character"),
         bot("skills-total", "spec.skills")
-            .must(format!("{sum} <= 524288"))
-            .or("skills must not be larger than 524288 bytes in all; write large ones into the bot's data at run time"),
+            .must(format!("{sum} <= 262144"))
+            .or("skills must not be larger than 262144 bytes in all; write large ones into the bot's data at run time"),
         bot("file-path-clean", "spec.files[].path").must(CLEAN_PATH).or(PATH),
         bot("file-path-kernel", "spec.files[].path").must(OUTSIDE_KERNEL).or(KERNEL),
         bot("file-one-source", "spec.files[]")
@@ -609,15 +626,16 @@ fn data() -> Vec<Rule> {
         object_name(Kind::BotContainer, "file-config-map-name", "spec.files[].configMapKeyRef.name", "a ConfigMap"),
         data_key("file-config-map-key", "spec.files[].configMapKeyRef.key"),
         bot("files-total", "spec.files")
-            .must(format!("{sum} <= 262144"))
-            .or("the content of files must not be larger than 262144 bytes in all; put large ones into ConfigMaps"),
+            .must(format!("{sum} <= 131072"))
+            .or("the content of files must not be larger than 131072 bytes in all; put large ones into ConfigMaps"),
         bot("files-not-nested", "spec.files")
             .must("self.all(f, !self.exists(g, f.path.startsWith(g.path + '/')))")
             .or("must not have a file below another file"),
         bot("files-spare-data", "spec")
-            .must("!has(self.files) || self.files.all(f, !((self.data.path + '/').startsWith(f.path + '/')) && !(f.path + '/').startsWith(self.data.path + '/.skills/'))")
+            .must("!has(self.files) || self.files.all(f, f.path == '' || !((self.data.path + '/').startsWith(f.path + '/')) && !(f.path + '/').startsWith(self.data.path + '/.skills/'))")
             .names(".files")
             .or("must not have a file in the place of data.path, above it, or in its .skills folder")
+            .spares_old()
             .says("'must not have a file in the place of data.path (' + self.data.path + '), above it, or in its .skills folder'"),
     ]
 }
