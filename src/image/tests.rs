@@ -319,6 +319,42 @@ async fn a_pull_that_nobody_waits_for_leaves_nothing() {
     pull(&images, &reference).await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn containerd_killed_in_fetch_and_in_unpack_is_said_so_and_survived() {
+    let (mut node, registry) = (Node::start().await, Registry::start().await);
+    let options = ImageOptions { stall_timeout: Duration::from_secs(60), max_unpacked_bytes: 8 << 30, ..hasty() };
+    let images = node.images(options);
+    let fetched = image(&[layer(Packed::Gzip, EXAMPLE), layer(Packed::Plain, &[("noise", &noise(6, 2_000_000))])]);
+    registry.push("fetch", &fetched);
+    registry.fault(Digest::of(&fetched.layers[1].blob).as_str(), [Fault::Stall(1_000_000)]);
+    let mut zeros = tar_header("zeros", 256 << 20).to_vec();
+    zeros.resize((256 << 20) + 512 + 1024, 0);
+    let unpacked = image(&[layer_of_tar(Packed::Zstd, &zeros)]);
+    drop(zeros);
+    registry.push("unpack", &unpacked);
+    for (tag, path_part) in [("fetch", "sha256:"), ("unpack", store::EXTRACT_PREFIX)] {
+        let reference = registry.reference(&format!("a:{tag}"));
+        let (pulling, wanted) = (images.clone(), reference.clone());
+        let pulled = tokio::spawn(async move { pull(&pulling, &wanted).await });
+        let until = Instant::now() + Duration::from_secs(20);
+        while !node.store().snapshots(SNAPSHOTTER).await.unwrap().iter().any(|s| s.name.starts_with(path_part)) {
+            assert!(Instant::now() < until, "{tag}: nothing was ever unpacked");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        node.kill();
+        registry.content().faults.clear();
+        let error = tokio::time::timeout(Duration::from_secs(30), pulled).await.unwrap().unwrap().unwrap_err();
+        assert_eq!(error.reason(), Reason::RuntimeUnavailable, "{tag}: {}", chain(&error));
+        let error = images.find(&reference, SNAPSHOTTER).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::RuntimeUnavailable, "{tag}: {}", chain(&error));
+        node.start_again().await;
+        assert_eq!(images.find(&reference, SNAPSHOTTER).await.unwrap(), None, "{tag}");
+        pull(&images, &reference).await.unwrap();
+    }
+    images.clear_interrupted().await.unwrap();
+    assert_eq!(node.counts().await, Counts { blobs: 7, ingests: 0, snapshots: 3, records: 4, leases: 0 });
+}
+
 #[test]
 fn what_a_killed_agent_left_is_cleared_at_the_next_start() {
     let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build().unwrap();

@@ -50,23 +50,30 @@ impl Node {
             root.join("state"),
         );
         std::fs::write(root.join("config.toml"), config).unwrap();
-        let log = std::fs::File::create(root.join("log")).unwrap();
-        let child = Command::new("containerd")
-            .arg("--config")
-            .arg(root.join("config.toml"))
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .expect("containerd is installed");
+        let child = spawn(&root);
         let containerd = Containerd::new(&socket, "images").unwrap();
         let node = Self { child, root, containerd };
+        node.wait_until_up().await;
+        node
+    }
+
+    async fn wait_until_up(&self) {
         let until = Instant::now() + Duration::from_secs(20);
-        while node.containerd.version().version(node.containerd.request(())).await.is_err() {
-            assert!(Instant::now() < until, "containerd did not start: {}", node.log());
+        while self.containerd.version().version(self.containerd.request(())).await.is_err() {
+            assert!(Instant::now() < until, "containerd did not start: {}", self.log());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        node
+    }
+
+    /// SIGKILL to containerd.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub async fn start_again(&mut self) {
+        self.child = spawn(&self.root);
+        self.wait_until_up().await;
     }
 
     pub fn log(&self) -> String {
@@ -142,6 +149,18 @@ impl Node {
         self.store().remove_snapshot(SNAPSHOTTER, &key).await.unwrap();
         found
     }
+}
+
+fn spawn(root: &Path) -> Child {
+    let log = std::fs::File::options().create(true).append(true).open(root.join("log")).unwrap();
+    Command::new("containerd")
+        .arg("--config")
+        .arg(root.join("config.toml"))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().unwrap())
+        .stderr(log)
+        .spawn()
+        .expect("containerd is installed")
 }
 
 impl Drop for Node {
