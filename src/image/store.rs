@@ -602,31 +602,18 @@ pub(crate) fn written_folder(mounts: &[Mount]) -> Option<&str> {
 }
 
 /// Keeps two pulls from fetching one blob or unpacking one layer at the same time: the second waits, and finds it there.
-#[derive(Clone, Default)]
-pub(crate) struct Turns(Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>);
-
-/// While it lives the others wait.
-pub(crate) struct Turn {
-    name: String,
-    turns: Turns,
-    guard: Option<tokio::sync::OwnedMutexGuard<()>>,
-}
+#[derive(Default)]
+pub(crate) struct Turns(Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>);
 
 impl Turns {
-    pub async fn take(&self, name: String) -> Turn {
-        let mutex = self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(name.clone()).or_default().clone();
-        let guard = Some(mutex.lock_owned().await);
-        Turn { name, turns: self.clone(), guard }
-    }
-}
-
-impl Drop for Turn {
-    fn drop(&mut self) {
-        let mut turns = self.turns.0.lock().unwrap_or_else(PoisonError::into_inner);
-        self.guard = None;
-        // Two are ours: the map's own, and none else waits.
-        if turns.get(&self.name).is_some_and(|m| Arc::strong_count(m) == 1) {
-            turns.remove(&self.name);
-        }
+    /// While the guard lives the others wait.
+    pub async fn take(&self, name: String) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // Whoever holds or awaits a turn has a share in it.
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+            turns.entry(name).or_default().clone()
+        };
+        turn.lock_owned().await
     }
 }
