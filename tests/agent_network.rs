@@ -41,7 +41,8 @@ fn on_a_host<F: Future<Output = ()>>(test: impl FnOnce(Host) -> F + Send + 'stat
     let run = move || {
         // SAFETY: FILES stays shared.
         unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS).unwrap() };
-        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        // Downstream, not private: what the machine unmounts meanwhile must not live on here.
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).unwrap();
         mount("none", &host.root, "tmpfs", MountFlags::empty(), None).unwrap();
         sh("ip link set lo up");
         // A bridge without ports stands for the uplink: not every kernel has dummy interfaces.
@@ -93,9 +94,10 @@ impl Host {
         };
         let mounts = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
         let rules = sh("nft list ruleset");
+        let root = self.root.to_string_lossy();
         Left {
             netns: names(&self.root.join("run/netns")),
-            mounts: mounts.lines().filter(|l| l.contains(" - nsfs ")).count(),
+            mounts: mounts.lines().filter(|l| l.contains(" - nsfs ") && l.contains(&*root)).count(),
             records: names(&self.root.join("state/network/berth-t0")),
             leases: names(&self.root.join("state/leases/berth-t0"))
                 .into_iter()
@@ -487,7 +489,8 @@ fn namespaces_are_seen_by_shims_whose_mounts_were_copied_before() {
         let network = host.network();
         let of_ours = || {
             let table = std::fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
-            table.lines().filter(|l| l.contains("/run/netns ")).map(str::to_owned).collect::<Vec<_>>()
+            let point = format!(" {} ", host.root.join("run/netns").display());
+            table.lines().filter(|l| l.contains(&point)).map(str::to_owned).collect::<Vec<_>>()
         };
         assert!(matches!(of_ours().as_slice(), [one] if one.contains(" shared:")), "{:?}", of_ours());
         host.network();
