@@ -297,13 +297,13 @@ fn process() -> Vec<Rule> {
             .must("self in ['', 'v1']")
             .or("must be v1, or left out"),
         bot("env-resource", "spec.env[].valueFrom.resourceFieldRef.resource")
-            .must("self in ['limits.cpu', 'limits.memory', 'requests.cpu', 'requests.memory']")
-            .or("must be limits.cpu, limits.memory, requests.cpu or requests.memory"),
+            .must("self in ['limits.cpu', 'limits.memory', 'limits.pids', 'requests.cpu', 'requests.memory']")
+            .or("must be limits.cpu, limits.memory, limits.pids, requests.cpu or requests.memory"),
         bot("env-resource-divisor", "spec.env[].valueFrom.resourceFieldRef")
-            .must("!has(self.divisor) || (self.resource.endsWith('.cpu') ? string(self.divisor) in ['0', '1', '1m'] : string(self.divisor) in ['0', '1', '1k', '1M', '1G', '1T', '1P', '1E', '1Ki', '1Mi', '1Gi', '1Ti', '1Pi', '1Ei'])")
+            .must("!has(self.divisor) || string(self.divisor) in (self.resource.endsWith('.cpu') ? ['0', '1', '1m'] : self.resource.endsWith('.memory') ? ['0', '1', '1k', '1M', '1G', '1T', '1P', '1E', '1Ki', '1Mi', '1Gi', '1Ti', '1Pi', '1Ei'] : ['0', '1'])")
             .names(".divisor")
-            .or("must be 1 or 1m for cpu; 1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory")
-            .says("'is ' + string(self.divisor) + ' and must be ' + (self.resource.endsWith('.cpu') ? '1 or 1m for cpu' : '1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory')"),
+            .or("must be 1 or 1m for cpu; 1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory; 1 for pids")
+            .says("'is ' + string(self.divisor) + ' and must be ' + (self.resource.endsWith('.cpu') ? '1 or 1m for cpu' : self.resource.endsWith('.memory') ? '1 or 1k, 1M, 1G, 1T, 1P, 1E, 1Ki, 1Mi, 1Gi, 1Ti, 1Pi, 1Ei for memory' : '1 for pids')"),
         bot("env-resource-container", "spec.env[].valueFrom.resourceFieldRef.containerName")
             .must("self == ''")
             .or("must be left out: a bot is one container"),

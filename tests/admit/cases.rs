@@ -311,9 +311,9 @@ fn process() -> Vec<Case> {
                 "must be v1, or left out",
             ),
         bot("env-resource")
-            .takes_all(["limits.cpu", "limits.memory", "requests.cpu", "requests.memory"].map(|r| resource(r, json!("1"))))
+            .takes_all(["limits.cpu", "limits.memory", "limits.pids", "requests.cpu", "requests.memory"].map(|r| resource(r, json!("1"))))
             .refuses_all(
-                ["limits", "cpu", "limits.pids", "limits.ephemeral-storage"].map(|r| resource(r, json!("1"))),
+                ["limits", "cpu", "requests.pids", "limits.ephemeral-storage"].map(|r| resource(r, json!("1"))),
                 "spec.env[0].valueFrom.resourceFieldRef.resource",
                 "must be limits.cpu, limits.memory",
             ),
