@@ -1,5 +1,7 @@
 //! The output of bots on real FIFOs, real processes and a real disk, and on containerd.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "helpers of tests fail as tests do")]
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
@@ -441,14 +443,16 @@ async fn a_read_only_disk_keeps_nobody_from_starting() {
     let pipes = scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
     let mut pipe = open_as_shim(&pipes.stdout);
     let begun = Instant::now();
-    pipe.write_all(&[b'\n'; 1 << 20]).unwrap();
-    assert!(begun.elapsed() < Duration::from_secs(1));
+    pipe.write_all("a line of sixty-four bytes, as a bot in good health may write it\n".repeat(1 << 12).as_bytes())
+        .unwrap();
+    let elapsed = begun.elapsed();
+    assert!(elapsed < Duration::from_secs(1), "the bot waited {elapsed:?}");
     assert_eq!(scene.output().last_output(&bot.owner, 100).unwrap(), "");
-    assert_eq!(scene.output().observe(&bot.id).await.unwrap().dropped_bytes, 1 << 20);
+    assert_eq!(scene.output().observe(&bot.id).await.unwrap().dropped_bytes, 65 << 12);
     rustix::mount::mount_remount(&mount, rustix::mount::MountFlags::empty(), "size=256k").unwrap();
     wait_for("the count in the log", || {
         let text = scene.log_text(&bot);
-        if text.contains("dropped 1048576 bytes of output: Read-only file system") { Ok(()) } else { Err(text) }
+        if text.contains("dropped 266240 bytes of output: Read-only file system") { Ok(()) } else { Err(text) }
     })
     .await;
     scene.output().remove(&bot.id, false).await.unwrap();
@@ -490,6 +494,78 @@ async fn an_attached_agent_keeps_the_pair_and_it_ends_with_the_last() {
     scene.wait_for_pair().await;
     agent.attach().await.unwrap();
     drop(agent);
+    wait_for(
+        "the end of the pair",
+        || if scene.pair().is_empty() { Ok(()) } else { Err(format!("{:?}", scene.pair())) },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn the_pair_has_nothing_of_the_agents() {
+    let cgroup = format!("/berth-output-test-{}/logger", std::process::id());
+    let scene = Scene::new(|o| o.cgroup = Some(cgroup.clone()));
+    // Inheritable on purpose.
+    let (mut read, write) = rustix::pipe::pipe().map(|(r, w)| (File::from(r), w)).unwrap();
+    let bot = bot(1);
+    scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
+    let (drainer, keeper) = scene.wait_for_pair().await;
+    let session = |pid| rustix::process::getsid(rustix::process::Pid::from_raw(pid)).unwrap();
+    let ours = rustix::process::getsid(None).unwrap();
+    for pid in [drainer, keeper] {
+        assert_ne!(session(pid), ours);
+        assert_eq!(std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap(), "berth-logger\n");
+        assert_eq!(std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap(), Path::new("/"));
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        assert!(!status.contains(&format!("PPid:\t{}\n", std::process::id())), "no child of the agent's");
+        let memberships = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(memberships.lines().count() > 1 || memberships.starts_with("0::"), "{memberships}");
+        for line in memberships.lines() {
+            assert!(line.ends_with(&cgroup), "{memberships}");
+        }
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+        assert!(fds <= if pid == keeper { 4 } else { 16 }, "{pid} has {fds} descriptors");
+    }
+    drop(write);
+    assert_eq!(std::io::Read::read(&mut read, &mut [0]).unwrap(), 0, "nobody else has the other end");
+    scene.output().remove(&bot.id, false).await.unwrap();
+    wait_for(
+        "the end of the pair",
+        || if scene.pair().is_empty() { Ok(()) } else { Err(format!("{:?}", scene.pair())) },
+    )
+    .await;
+    for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path()) {
+        let dir = hierarchy.join(cgroup.trim_start_matches('/'));
+        if dir.exists() {
+            wait_for("an empty cgroup", || std::fs::remove_dir(&dir).map_err(|e| e.to_string())).await;
+            std::fs::remove_dir(dir.parent().unwrap()).unwrap();
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_pair_ends_by_itself_when_its_folder_is_removed_behind_its_back() {
+    let scene = Scene::new(|_| {});
+    let (gone, kept) = (bot(1), bot(2));
+    let pipes = scene.output().ensure(&gone.id, &gone.owner).await.unwrap();
+    scene.output().ensure(&kept.id, &kept.owner).await.unwrap();
+    let (drainer, _) = scene.wait_for_pair().await;
+    let open = || {
+        let fds = std::fs::read_dir(format!("/proc/{drainer}/fd")).unwrap().flatten();
+        fds.filter(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.to_string_lossy().contains(gone.id.as_str())))
+            .count()
+    };
+    assert!(open() >= 2);
+    let mut pipe = open_as_shim(&pipes.stdout);
+    pipe.write_all(b"last words\n").unwrap();
+    std::fs::remove_dir_all(pipes.stdout.parent().unwrap()).unwrap();
+    wait_for("the FIFOs to be let go", || if open() == 0 { Ok(()) } else { Err(format!("{} are open", open())) }).await;
+    assert!(scene.log_text(&gone).ends_with("last words\n"));
+    // A new bot under the same id is another pipe.
+    let pipes = scene.output().ensure(&gone.id, &gone.owner).await.unwrap();
+    open_as_shim(&pipes.stdout).write_all(b"again\n").unwrap();
+    assert_eq!(scene.output().last_output(&gone.owner, 5).unwrap(), "again");
+    std::fs::remove_dir_all(scene.options.run_dir.join("io")).unwrap();
     wait_for(
         "the end of the pair",
         || if scene.pair().is_empty() { Ok(()) } else { Err(format!("{:?}", scene.pair())) },

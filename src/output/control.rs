@@ -5,10 +5,10 @@
 //! flush ID     what was in the FIFOs is in the log, parts too        ok IDENTITY
 //! close ID     the same, and the FIFOs are let go                    ok IDENTITY
 //! hello        nothing                                               ok IDENTITY
-//! quit         all is drained, the pair ends                         ok IDENTITY, then the end of the stream
+//! quit         all is drained, the pair ends                         the end of the stream
 //! ```
 //!
-//! The identity says which build with which settings answers, so that an agent can tell that it has to replace the pair.
+//! Instead of `ok` there may be `error WORDS`. The identity says which build with which settings answers, so that an agent can tell that it has to replace the pair.
 
 use crate::api::ids::ContainerId;
 

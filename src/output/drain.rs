@@ -3,9 +3,11 @@
 //! ```text
 //! epoll ── FIFOs       at most 64 KiB a turn from each, so that a flood takes its share and no more
 //!       ── logger.sock requests of the agent (`control`)
-//!       ── inotify     a bot's directory was removed: drain what is left, let go
 //!       ── twin        the other process of the pair died: make it anew (`pair`)
 //! ```
+//!
+//! Every few seconds it looks whether a bot's FIFOs were unlinked behind its back, drains what is left and lets go. No inotify:
+//! the kernel took 50 to 70 ms to let go of one when a drainer died (it waits for its readers), and so long nobody drained.
 //!
 //! It keeps no state that is not on disk: which bots there are stands in `RUN_DIR/io`, so a drainer that follows a dead
 //! one begins by reading that folder. What dies with a drainer is what it read and had not written: at most one read
@@ -19,7 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use rustix::fs::{self, AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags, inotify};
+use rustix::fs::{self, AtFlags, CWD, Dir, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -38,13 +40,14 @@ const GATHER: usize = 128 * 1024;
 const PART_WAIT: Duration = Duration::from_millis(500);
 /// The most that is drained from one FIFO at a flush: what a pipe can hold and more; an endless writer must not hold us.
 const FLUSH: usize = 1024 * 1024;
-/// How often it is looked for what no event told, and after a failure to open something.
-const SWEEP: Duration = Duration::from_secs(60);
+/// How often it is looked for what nobody told, and after a failure to open something.
+const SWEEP: Duration = Duration::from_secs(5);
 const SWEEP_AFTER_FAILURE: Duration = Duration::from_secs(1);
 /// How long a drainer without bots waits for the first word of the agent that started it.
 const FIRST_WORD: Duration = Duration::from_secs(5);
-/// How long the lock of a dying predecessor is waited for.
-const LOCK_TRIES: u32 = 100;
+/// How often, a millisecond apart, the lock is tried: of a predecessor that is dying, or that may be about to answer.
+const LOCK_TRIES_AFTER_DEATH: u32 = 5000;
+const LOCK_TRIES_FIRST: u32 = 20;
 /// Connections at one time; more are closed at once, and the agent tries again.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -61,10 +64,11 @@ pub enum End {
 
 /// Drains until there is no bot and no agent left. `ready` is called once all is open, on the first start of a pair.
 pub fn run(settings: &Settings, mut ready: Option<&mut dyn FnMut() -> io::Result<()>>) -> io::Result<End> {
-    let Some(lock) = take_lock(settings)? else { return Ok(End::Held) };
     // The twin comes first when we follow a dead one: should we fail below, the next try is already there. On the first
     // start the agent waits for our answer and hears of a failure.
     let first = ready.is_some();
+    let tries = if first { LOCK_TRIES_FIRST } else { LOCK_TRIES_AFTER_DEATH };
+    let Some(lock) = take_lock(settings, tries)? else { return Ok(End::Held) };
     let mut twin = None;
     if !first {
         match pair::fork_twin() {
@@ -90,10 +94,10 @@ pub fn run(settings: &Settings, mut ready: Option<&mut dyn FnMut() -> io::Result
 }
 
 /// Takes the lock that says "there is a drainer"; `None` when another has it.
-fn take_lock(settings: &Settings) -> io::Result<Option<OwnedFd>> {
+fn take_lock(settings: &Settings, tries: u32) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let lock = fs::openat(CWD, &settings.lock_path(), flags, Mode::from_raw_mode(0o600))?;
-    for _ in 0..LOCK_TRIES {
+    let lock = fs::openat(CWD, settings.lock_path(), flags, Mode::from_raw_mode(0o600))?;
+    for _ in 0..tries {
         match fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(Some(lock)),
             // A killed process lets go of its socket to us a moment before its lock.
@@ -109,8 +113,6 @@ struct Drainer<'s> {
     settings: &'s Settings,
     identity: String,
     epoll: OwnedFd,
-    io_dir: OwnedFd,
-    inotify: OwnedFd,
     listener: OwnedFd,
     twin: Option<OwnedFd>,
     bots: Vec<Option<Bot>>,
@@ -147,7 +149,6 @@ struct Connection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
     Listener,
-    Inotify,
     Twin,
     Fifo { bot: usize, source: usize },
     Connection(usize),
@@ -157,7 +158,6 @@ impl Token {
     fn pack(self) -> epoll::EventData {
         let (kind, index) = match self {
             Self::Listener => (0, 0),
-            Self::Inotify => (1, 0),
             Self::Twin => (2, 0),
             Self::Fifo { bot, source } => (3, bot * 2 + source),
             Self::Connection(index) => (4, index),
@@ -169,7 +169,6 @@ impl Token {
         let index = (data.u64() & 0xffff_ffff) as usize;
         match data.u64() >> 32 {
             0 => Some(Self::Listener),
-            1 => Some(Self::Inotify),
             2 => Some(Self::Twin),
             3 => Some(Self::Fifo { bot: index / 2, source: index % 2 }),
             4 => Some(Self::Connection(index)),
@@ -180,24 +179,15 @@ impl Token {
 
 impl<'s> Drainer<'s> {
     fn start(settings: &'s Settings, lock: OwnedFd) -> io::Result<Self> {
-        let io_path = settings.io_dir();
-        std::fs::create_dir_all(&io_path)?;
-        let io_dir = fs::openat(CWD, &io_path, OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty())?;
+        std::fs::create_dir_all(settings.io_dir())?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // Watched before it is read: what goes in between is seen.
-        let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        let gone = inotify::WatchFlags::DELETE | inotify::WatchFlags::MOVED_FROM | inotify::WatchFlags::DELETE_SELF;
-        inotify::add_watch(&inotify, &io_path, gone | inotify::WatchFlags::ONLYDIR)?;
         let listener = listen(settings)?;
         epoll::add(&epoll, &listener, Token::Listener.pack(), epoll::EventFlags::IN)?;
-        epoll::add(&epoll, &inotify, Token::Inotify.pack(), epoll::EventFlags::IN)?;
         let now = Instant::now();
         let mut drainer = Self {
             settings,
             identity: settings.identity(),
             epoll,
-            io_dir,
-            inotify,
             listener,
             twin: None,
             bots: Vec::new(),
@@ -243,6 +233,7 @@ impl<'s> Drainer<'s> {
                 Err(errno) => return Err(errno.into()),
             };
             let now = Instant::now();
+            let mut quit = false;
             for event in events.iter() {
                 match Token::unpack(event.data) {
                     Some(Token::Fifo { bot, source }) => {
@@ -250,11 +241,8 @@ impl<'s> Drainer<'s> {
                     }
                     Some(Token::Listener) => self.accept(),
                     Some(Token::Connection(index)) => {
-                        if self.serve(index, now) == Next::Quit {
-                            return self.quit(now);
-                        }
+                        quit |= self.serve(index, now) == Next::Quit;
                     }
-                    Some(Token::Inotify) => self.removed(now),
                     Some(Token::Twin) => {
                         self.twin = None;
                         if let Some(keeper) = self.make_twin()? {
@@ -263,6 +251,9 @@ impl<'s> Drainer<'s> {
                     }
                     None => {}
                 }
+            }
+            if quit {
+                return self.quit(now);
             }
             self.timers(now);
             if now >= self.sweep_at {
@@ -292,7 +283,7 @@ impl<'s> Drainer<'s> {
             pair::dismiss(twin);
         }
         // Ours as long as we hold the lock.
-        let _ = fs::unlinkat(CWD, &self.settings.socket_path(), AtFlags::empty());
+        let _ = fs::unlinkat(CWD, self.settings.socket_path(), AtFlags::empty());
         Ok(End::Done)
     }
 
@@ -367,13 +358,20 @@ impl<'s> Drainer<'s> {
         self.bots.iter().position(|bot| bot.as_ref().is_some_and(|bot| &bot.id == id))
     }
 
+    /// The folder with the bots' folders. By name each time: it may have been removed and made again.
+    fn io_dir(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::RDONLY;
+        Ok(fs::openat(CWD, self.settings.io_dir(), flags, Mode::empty())?)
+    }
+
     /// Drains a bot from now on.
     fn open(&mut self, id: &ContainerId, now: Instant) -> io::Result<()> {
+        let io_dir = self.io_dir()?;
         if let Some(index) = self.find(id) {
             let known = self.bots[index].as_ref().is_some_and(|bot| {
                 bot.sources.iter().all(|source| {
                     let path = format!("{id}/{}", source.stream.as_str());
-                    let there = fs::statat(&self.io_dir, path, AtFlags::SYMLINK_NOFOLLOW);
+                    let there = fs::statat(&io_dir, path, AtFlags::SYMLINK_NOFOLLOW);
                     matches!((there, fs::fstat(&source.fifo)), (Ok(a), Ok(b)) if (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
                 })
             });
@@ -384,7 +382,7 @@ impl<'s> Drainer<'s> {
             self.finish(index, now);
         }
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = fs::openat(&self.io_dir, id.as_str(), flags, Mode::empty())?;
+        let dir = fs::openat(&io_dir, id.as_str(), flags, Mode::empty())?;
         let owner = read_owner(&dir)?;
         if &owner.uid().container_id() != id {
             return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the file owner of {id} names {owner}")));
@@ -412,9 +410,14 @@ impl<'s> Drainer<'s> {
 
     /// Opens all bots that stand in the folder.
     fn scan(&mut self, now: Instant) {
-        let Ok(dir) = Dir::read_from(&self.io_dir) else {
-            self.sweep_at = now + SWEEP_AFTER_FAILURE;
-            return;
+        let dir = match self.io_dir().and_then(|dir| Ok(Dir::read_from(dir)?)) {
+            Ok(dir) => dir,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    self.sweep_at = now + SWEEP_AFTER_FAILURE;
+                }
+                return;
+            }
         };
         for entry in dir.flatten() {
             let Some(uid) = entry.file_name().to_str().ok().and_then(ContainerId::uid_of) else { continue };
@@ -424,30 +427,6 @@ impl<'s> Drainer<'s> {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(_) => self.sweep_at = now + SWEEP_AFTER_FAILURE,
             }
-        }
-    }
-
-    /// What inotify says was removed.
-    fn removed(&mut self, now: Instant) {
-        let mut buffer = [MaybeUninit::<u8>::uninit(); 4096];
-        let mut gone = Vec::new();
-        let mut sweep = false;
-        let mut reader = inotify::Reader::new(&self.inotify, &mut buffer);
-        while let Ok(event) = reader.next() {
-            match event.file_name().and_then(|name| name.to_str().ok()).and_then(ContainerId::uid_of) {
-                Some(uid) => gone.push(uid.container_id()),
-                // The folder itself, or more than inotify could remember.
-                None => sweep = true,
-            }
-        }
-        for id in gone {
-            let is_there = fs::statat(&self.io_dir, id.as_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok();
-            if let Some(index) = self.find(&id).filter(|_| !is_there) {
-                self.finish(index, now);
-            }
-        }
-        if sweep {
-            self.sweep(now);
         }
     }
 
@@ -542,10 +521,8 @@ enum Next {
 
 impl Source {
     fn pump(&mut self, log: &mut LogFile, buffer: &mut [u8], records: &mut Vec<u8>, now: Instant) -> usize {
-        let n = match retry_on_intr(|| rustix::io::read(&self.fifo, &mut *buffer)) {
-            Ok(n) => n,
-            Err(_) => 0,
-        };
+        // Nothing there, or an error that a pipe does not have.
+        let n = retry_on_intr(|| rustix::io::read(&self.fifo, &mut *buffer)).unwrap_or(0);
         if n == 0 {
             return 0;
         }
