@@ -293,7 +293,7 @@ async fn bots_of_a_lost_node_are_unknown_until_its_agent_is_back() {
     assert_eq!(serde_json::to_value(web.status.as_ref().unwrap().phase).unwrap(), "Running", "{}", show(&web));
     assert_eq!(cluster.writes("berth.dev", OBJECTS).await - before, 1, "only the agent wrote");
     // And the agent goes on to change what the controller had taken.
-    cluster.agent_says("web", "Stopped", json!([])).await;
+    cluster.agent_says_removed("web").await;
     cluster.agent_says_running("web").await;
 
     // Lost again, and with the Lease object itself gone.
