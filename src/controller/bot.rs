@@ -228,6 +228,7 @@ async fn apply(
             let wanted = Wanted::Bound { node, bot_id: bot_id(&bot), claim };
             let written = say(context, &bot, &wanted, "status").await?;
             if let (true, Some((reason, message))) = (written, news) {
+                context.world().claimed(name, now);
                 context.events.send(Note::warning(bot.object_ref(&()), reason, "Watch", message.clone(), message));
             }
             Ok(Next::Resync)

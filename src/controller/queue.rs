@@ -42,11 +42,6 @@ impl Queue {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks for one key now.
-    pub fn add(&self, key: Key, why: &'static str) {
-        self.add_all([key], why);
-    }
-
     /// Asks for keys now, in this order.
     pub fn add_all(&self, keys: impl IntoIterator<Item = Key>, why: &'static str) {
         let mut state = self.state();
@@ -178,7 +173,7 @@ mod tests {
         let queue = Queue::default();
         queue.add_all([key("a"), key("b"), key("a")], "test");
         assert_eq!(next(&queue).await, "a");
-        queue.add(key("a"), "test");
+        queue.add_all([key("a")], "test");
         assert_eq!(next(&queue).await, "b");
         assert_eq!(queue.depth(), 0, "a key that runs is not given out again");
         queue.done(&key("a"));

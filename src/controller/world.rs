@@ -272,13 +272,14 @@ impl World {
         self.rephrased.insert(name.clone(), now);
     }
 
-    /// When a bot may be claimed again; `None`: now, and now counts as the last time.
-    pub fn claim_at(&mut self, name: &Name, now: Instant, every: Duration) -> Option<Instant> {
-        let at = self.claims.get(name).map(|at| *at + every).filter(|at| *at > now);
-        if at.is_none() {
-            self.claims.insert(name.clone(), now);
-        }
-        at
+    /// When a bot may be claimed again; `None`: now.
+    pub fn claim_at(&self, name: &Name, now: Instant, every: Duration) -> Option<Instant> {
+        self.claims.get(name).map(|at| *at + every).filter(|at| *at > now)
+    }
+
+    /// A claim was written.
+    pub fn claimed(&mut self, name: &Name, now: Instant) {
+        self.claims.insert(name.clone(), now);
     }
 
     // --- records and snapshots

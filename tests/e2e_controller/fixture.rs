@@ -1,0 +1,517 @@
+//! A real etcd and kube-apiserver on free loopback ports, real controllers, and agents played through the API.
+//!
+//! One control plane serves all tests of this file; since the controller looks at the whole cluster, tests take turns
+//! (`Cluster::turn`) and each leaves the cluster empty for the next. The servers die with the test process.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use berth::api::{AGENT, BotContainer, BotNode, BotRecord, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config, ResourceExt};
+use serde_json::{Value, json};
+
+/// Seconds; short, so that a node's loss need not be waited for long.
+pub const NODE_LEASE: i32 = 3;
+
+struct Servers {
+    kubeconfig: PathBuf,
+    root: PathBuf,
+}
+
+static SERVERS: OnceLock<Servers> = OnceLock::new();
+static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+static NUMBER: AtomicU32 = AtomicU32::new(0);
+
+/// A free port at the moment of asking.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn assets() -> PathBuf {
+    if let Some(dir) = std::env::var_os("KUBEBUILDER_ASSETS") {
+        return dir.into();
+    }
+    let cache = PathBuf::from(std::env::var_os("HOME").expect("HOME is not set")).join(".cache/berth/control-plane");
+    let mut found: Vec<_> = std::fs::read_dir(&cache)
+        .unwrap_or_else(|e| panic!("no control plane in {}: {e}; set KUBEBUILDER_ASSETS", cache.display()))
+        .map(|entry| entry.unwrap().path())
+        .filter(|dir| dir.join("kube-apiserver").exists() && dir.join("etcd").exists())
+        .collect();
+    found.sort();
+    found.pop().expect("no control plane was built")
+}
+
+/// Starts a server that dies with this process.
+fn spawn(root: &Path, name: &str, program: &Path, args: &[String]) {
+    let log = std::fs::File::create(root.join(format!("{name}.log"))).unwrap();
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL"]).arg(program).args(args);
+    command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+    let (sender, started) = std::sync::mpsc::channel();
+    // The signal comes at the death of the thread that forked, so that one stays.
+    std::thread::spawn(move || {
+        let mut child = command.spawn().expect("setpriv is missing");
+        sender.send(()).unwrap();
+        let _ = child.wait();
+        loop {
+            std::thread::park();
+        }
+    });
+    started.recv().unwrap();
+}
+
+fn start_servers() -> Servers {
+    let assets = assets();
+    let root = std::env::temp_dir().join(format!("berth-e2e-controller-{}", std::process::id()));
+    std::fs::create_dir_all(&root).unwrap();
+    let (etcd, peer, port) = (free_port(), free_port(), free_port());
+    let dir = |name: &str| root.join(name).display().to_string();
+    spawn(
+        &root,
+        "etcd",
+        &assets.join("etcd"),
+        &[
+            format!("--data-dir={}", dir("etcd")),
+            format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
+            format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
+            format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
+            "--log-level=error".into(),
+        ],
+    );
+    let made = Command::new("openssl").args(["genrsa", "-out", &dir("sa.key"), "2048"]).output().unwrap();
+    assert!(made.status.success(), "openssl: {made:?}");
+    std::fs::write(root.join("tokens.csv"), "admin-token,admin,admin,system:masters\n").unwrap();
+    spawn(
+        &root,
+        "kube-apiserver",
+        &assets.join("kube-apiserver"),
+        &[
+            format!("--etcd-servers=http://127.0.0.1:{etcd}"),
+            "--bind-address=127.0.0.1".into(),
+            "--endpoint-reconciler-type=none".into(),
+            format!("--secure-port={port}"),
+            format!("--cert-dir={}", dir("certs")),
+            format!("--token-auth-file={}", dir("tokens.csv")),
+            format!("--service-account-key-file={}", dir("sa.key")),
+            format!("--service-account-signing-key-file={}", dir("sa.key")),
+            "--service-account-issuer=https://kubernetes.default.svc".into(),
+            "--service-cluster-ip-range=10.0.0.0/24".into(),
+            "--authorization-mode=RBAC".into(),
+            "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition".into(),
+        ],
+    );
+    let kubeconfig = root.join("kubeconfig");
+    std::fs::write(
+        &kubeconfig,
+        json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {
+                "server": format!("https://127.0.0.1:{port}"), "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "c", "user": {"token": "admin-token"}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        })
+        .to_string(),
+    )
+    .unwrap();
+    Servers { kubeconfig, root }
+}
+
+/// Waits for a state and says what was last seen.
+pub async fn eventually<T, F>(what: &str, limit: Duration, mut look: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, String>>,
+{
+    let start = Instant::now();
+    loop {
+        match look().await {
+            Ok(found) => return found,
+            Err(seen) if start.elapsed() > limit => panic!("{what}: not within {limit:?}; last seen: {seen}"),
+            Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+}
+
+/// A turn on the shared control plane, in a namespace of its own.
+pub struct Cluster {
+    pub client: Client,
+    pub namespace: String,
+    leader: String,
+    _turn: tokio::sync::MutexGuard<'static, ()>,
+}
+
+impl Cluster {
+    pub async fn turn() -> Self {
+        let turn = TURN.lock().await;
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let servers = SERVERS.get_or_init(start_servers);
+        let config = Kubeconfig::read_from(&servers.kubeconfig).unwrap();
+        let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await.unwrap();
+        let client = Client::try_from(config).unwrap();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let this = Self { client, namespace: format!("test-{number}"), leader: format!("test-{number}"), _turn: turn };
+        eventually("kube-apiserver", Duration::from_secs(60), || async {
+            let request = http_get("/readyz");
+            this.client.request_text(request).await.map(drop).map_err(|e| {
+                let log = std::fs::read_to_string(servers.root.join("kube-apiserver.log")).unwrap_or_default();
+                format!("{e}; its log ends: {}", &log[log.len().saturating_sub(2000)..])
+            })
+        })
+        .await;
+        this.ensure_crds().await;
+        for name in [SYSTEM_NAMESPACE, NODE_LEASE_NAMESPACE, &this.namespace] {
+            let api: Api<Namespace> = Api::all(this.client.clone());
+            let body = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+            api.patch(name, &PatchParams::apply("test"), &Patch::Apply(&body)).await.unwrap();
+        }
+        this.clear().await;
+        this
+    }
+
+    async fn ensure_crds(&self) {
+        let api: Api<CustomResourceDefinition> = Api::all(self.client.clone());
+        for mut crd in berth::api::crd::all() {
+            for version in &mut crd.spec.versions {
+                let schema = version.schema.as_mut().and_then(|s| s.open_api_v3_schema.as_mut()).unwrap();
+                conditions_are_a_map(schema);
+            }
+            let name = crd.name_any();
+            api.patch(&name, &PatchParams::apply("test").force(), &Patch::Apply(&crd)).await.unwrap();
+            eventually(&name, Duration::from_secs(20), || async {
+                let live = api.get(&name).await.map_err(|e| e.to_string())?;
+                let conditions = live.status.and_then(|s| s.conditions).unwrap_or_default();
+                let served = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
+                served.then_some(()).ok_or(format!("{conditions:?}"))
+            })
+            .await;
+        }
+    }
+
+    /// Takes away all bots, records, nodes and heartbeats of the test before.
+    async fn clear(&self) {
+        let bots: Api<BotContainer> = Api::all(self.client.clone());
+        for bot in bots.list(&ListParams::default()).await.unwrap() {
+            let api = self.bots_in(&bot.namespace().unwrap());
+            let _ = api.delete(&bot.name_any(), &DeleteParams::default()).await;
+            let none = json!({"metadata": {"finalizers": null}});
+            let _ = api.patch(&bot.name_any(), &PatchParams::default(), &Patch::Merge(&none)).await;
+        }
+        let records: Api<BotRecord> = Api::all(self.client.clone());
+        for record in records.list(&ListParams::default()).await.unwrap() {
+            let api: Api<BotRecord> = Api::namespaced(self.client.clone(), &record.namespace().unwrap());
+            let _ = api.delete(&record.name_any(), &DeleteParams::default()).await;
+        }
+        let (all, any) = (ListParams::default(), DeleteParams::default());
+        self.bot_nodes().delete_collection(&any, &all).await.unwrap();
+        self.nodes().delete_collection(&any, &all).await.unwrap();
+        self.leases().delete_collection(&any, &all).await.unwrap();
+    }
+
+    pub fn bots(&self) -> Api<BotContainer> {
+        self.bots_in(&self.namespace)
+    }
+
+    fn bots_in(&self, namespace: &str) -> Api<BotContainer> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    pub fn records(&self) -> Api<BotRecord> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    pub fn bot_nodes(&self) -> Api<BotNode> {
+        Api::all(self.client.clone())
+    }
+
+    pub fn nodes(&self) -> Api<Node> {
+        Api::all(self.client.clone())
+    }
+
+    pub fn leases(&self) -> Api<Lease> {
+        Api::namespaced(self.client.clone(), NODE_LEASE_NAMESPACE)
+    }
+
+    pub fn leader_lease(&self) -> (Api<Lease>, &str) {
+        (Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE), &self.leader)
+    }
+
+    /// Starts a controller; it is killed when dropped.
+    pub async fn controller(&self) -> Controller {
+        let servers = SERVERS.get().unwrap();
+        let port = free_port();
+        let log = servers.root.join(format!("{}-{port}.log", self.leader));
+        let file = std::fs::File::create(&log).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_berth"))
+            .args(["controller", "--log", "info,berth=debug", "--cluster-cidr", "10.208.0.0/20"])
+            .args(["--leader-name", &self.leader, "--health-address", &format!("127.0.0.1:{port}")])
+            .args(["--leader-lease-seconds", "3", "--leader-renew-seconds", "2", "--leader-retry-seconds", "1"])
+            .env("KUBECONFIG", &servers.kubeconfig)
+            .stdin(Stdio::null())
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn()
+            .unwrap();
+        let controller = Controller { child, log };
+        eventually("a controller that has its lists", Duration::from_secs(20), || async {
+            let log = controller.log();
+            log.contains("all lists are done").then_some(()).ok_or(log)
+        })
+        .await;
+        controller
+    }
+
+    /// Plays the agent of a node: BotNode, Lease and heartbeat.
+    pub async fn agent(&self, name: &str, allocatable: Value) -> Agent {
+        let agent = Agent { cluster: self.client.clone(), name: name.to_owned(), beat: None };
+        let body =
+            json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotNode", "metadata": {"name": name}, "spec": {}});
+        self.bot_nodes().patch(name, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await.unwrap();
+        let mut agent = agent.alive().await;
+        agent.report(allocatable).await;
+        agent
+    }
+
+    /// Applies a bot; `spec` adds to a minimal one.
+    pub async fn bot(&self, name: &str, spec: Value) -> BotContainer {
+        self.bots().create(&PostParams::default(), &bot(name, spec)).await.unwrap()
+    }
+
+    /// Waits until a bot is bound; on which node.
+    pub async fn bound(&self, name: &str) -> String {
+        eventually(&format!("{name} bound"), Duration::from_secs(15), || async {
+            let bot = self.bots().get(name).await.map_err(|e| e.to_string())?;
+            bot.status.as_ref().and_then(|s| s.node_name.clone()).ok_or_else(|| show(&bot))
+        })
+        .await
+    }
+
+    /// Waits until a condition of a bot has this status and reason; its message.
+    pub async fn condition(&self, name: &str, type_: &str, status: &str, reason: &str) -> String {
+        eventually(&format!("{name} {type_}={status} {reason}"), Duration::from_secs(20), || async {
+            let bot = self.bots().get(name).await.map_err(|e| e.to_string())?;
+            let conditions = bot.status.as_ref().map_or(&[][..], |s| &s.conditions);
+            let found = conditions.iter().find(|c| c.type_ == type_ && c.status == status && c.reason == reason);
+            found.map(|c| c.message.clone()).ok_or_else(|| show(&bot))
+        })
+        .await
+    }
+
+    /// Waits until a bot is gone.
+    pub async fn gone(&self, name: &str) {
+        eventually(&format!("{name} gone"), Duration::from_secs(20), || async {
+            match self.bots().get_opt(name).await.map_err(|e| e.to_string())? {
+                None => Ok(()),
+                Some(bot) => Err(show(&bot)),
+            }
+        })
+        .await;
+    }
+
+    /// How often the API server took a write of a resource so far: successful ones, read from its own metrics.
+    pub async fn writes(&self, group: &str, resources: &[&str]) -> u64 {
+        let text = self.client.request_text(http_get("/metrics")).await.unwrap();
+        let mut sum = 0.0;
+        for line in text.lines().filter(|l| l.starts_with("apiserver_request_total{")) {
+            let has = |key: &str, value: &str| line.contains(&format!("{key}=\"{value}\""));
+            let write = ["POST", "PUT", "PATCH", "APPLY", "DELETE"].iter().any(|verb| has("verb", verb));
+            let done = line.contains("code=\"20");
+            if write && done && has("group", group) && resources.iter().any(|r| has("resource", r)) {
+                sum += line.rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+            }
+        }
+        sum as u64
+    }
+
+    /// What the agent says of a bot, by force.
+    pub async fn agent_says(&self, name: &str, phase: &str, conditions: Value) {
+        let body = json!({
+            "apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer",
+            "metadata": {"name": name, "namespace": self.namespace},
+            "status": {"phase": phase, "observedGeneration": 1, "conditions": conditions},
+        });
+        self.bots().patch_status(name, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await.unwrap();
+    }
+
+    /// The agent says that a bot runs.
+    pub async fn agent_says_running(&self, name: &str) {
+        let conditions = json!([said("Ready", "True", "AsAsked"), said("Running", "True", "Running")]);
+        self.agent_says(name, "Running", conditions).await;
+    }
+
+    /// The agent says that nothing of a bot is left.
+    pub async fn agent_says_removed(&self, name: &str) {
+        let conditions = json!([said("Ready", "False", "Terminating"), said("Running", "False", "Removed")]);
+        self.agent_says(name, "Terminating", conditions).await;
+    }
+
+    /// Events of a reason about an object.
+    pub async fn events(&self, namespace: &str, about: &str, reason: &str) -> Vec<String> {
+        let api: Api<k8s_openapi::api::events::v1::Event> = Api::namespaced(self.client.clone(), namespace);
+        let all = api.list(&ListParams::default()).await.unwrap();
+        all.into_iter()
+            .filter(|e| e.reason.as_deref() == Some(reason))
+            .filter(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(about))
+            .map(|e| e.note.unwrap_or_default())
+            .collect()
+    }
+}
+
+fn said(type_: &str, status: &str, reason: &str) -> Value {
+    json!({"type": type_, "status": status, "reason": reason, "message": "", "lastTransitionTime": "2026-11-24T00:00:00Z"})
+}
+
+/// A bot; `spec` adds to a minimal one.
+pub fn bot(name: &str, spec: Value) -> BotContainer {
+    let mut all = json!({"image": "docker.io/library/busybox:1.36"});
+    for (key, value) in spec.as_object().unwrap() {
+        all[key] = value.clone();
+    }
+    let body =
+        json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer", "metadata": {"name": name}, "spec": all});
+    serde_json::from_value(body).unwrap()
+}
+
+/// What a person would look at first.
+pub fn show(bot: &BotContainer) -> String {
+    let meta = &bot.metadata;
+    format!(
+        "finalizers {:?}, deleted {:?}, status {}",
+        meta.finalizers,
+        meta.deletion_timestamp,
+        serde_json::to_string(&bot.status).unwrap()
+    )
+}
+
+fn http_get(path: &str) -> axum::http::Request<Vec<u8>> {
+    axum::http::Request::get(path).body(Vec::new()).unwrap()
+}
+
+/// `x-kubernetes-list-type: map` on every list of conditions, where the schema does not say so yet.
+fn conditions_are_a_map(schema: &mut JSONSchemaProps) {
+    for (name, field) in schema.properties.iter_mut().flatten() {
+        if name == "conditions" && field.x_kubernetes_list_type.is_none() {
+            field.x_kubernetes_list_type = Some("map".into());
+            field.x_kubernetes_list_map_keys = Some(vec!["type".into()]);
+        }
+        conditions_are_a_map(field);
+    }
+}
+
+/// A real controller process.
+pub struct Controller {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Controller {
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let done = Command::new("kill").args([&format!("-{signal}"), &self.child.id().to_string()]).status().unwrap();
+        assert!(done.success());
+    }
+
+    /// Whether it took the lead since it began.
+    pub fn led(&self) -> bool {
+        self.log().contains("leading")
+    }
+
+    /// Waits for the end; whether it was a good one.
+    pub async fn ended(&mut self) -> bool {
+        eventually("the controller's end", Duration::from_secs(15), || {
+            let ended = self.child.try_wait().unwrap();
+            async move { ended.map(|s| s.success()).ok_or_else(|| "it runs".to_owned()) }
+        })
+        .await
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            eprintln!("--- {} ends:\n{}", self.log.display(), &log[log.len().saturating_sub(6000)..]);
+        }
+    }
+}
+
+/// An agent played through the API.
+pub struct Agent {
+    cluster: Client,
+    pub name: String,
+    beat: Option<tokio::task::JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Begins its heartbeat.
+    pub async fn alive(mut self) -> Self {
+        let api: Api<Lease> = Api::namespaced(self.cluster.clone(), NODE_LEASE_NAMESPACE);
+        let name = self.name.clone();
+        renew(&api, &name).await;
+        self.beat = Some(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                renew(&api, &name).await;
+            }
+        }));
+        self
+    }
+
+    /// Ends its heartbeat: the node is lost to us.
+    pub fn die(&mut self) {
+        if let Some(beat) = self.beat.take() {
+            beat.abort();
+        }
+    }
+
+    /// Reports the node Ready with what it may give out.
+    pub async fn report(&mut self, allocatable: Value) {
+        let api: Api<BotNode> = Api::all(self.cluster.clone());
+        let body = json!({
+            "apiVersion": "berth.dev/v1alpha1", "kind": "BotNode", "metadata": {"name": self.name},
+            "status": {"snapshotters": ["overlayfs"], "runtimeHandlers": ["runc"], "allocatable": allocatable,
+                "capacity": allocatable, "conditions": [said("Ready", "True", "AgentReady")]},
+        });
+        api.patch_status(&self.name, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await.unwrap();
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.die();
+    }
+}
+
+async fn renew(api: &Api<Lease>, name: &str) {
+    let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(k8s_openapi::jiff::Timestamp::now());
+    let body = json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": name},
+        "spec": {"holderIdentity": name, "leaseDurationSeconds": NODE_LEASE, "renewTime": now},
+    });
+    let _ = api.patch(name, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await;
+}
+
+/// How many of a list are on each node.
+pub fn count_by_node(bots: &[BotContainer]) -> BTreeMap<String, usize> {
+    let mut all = BTreeMap::new();
+    for bot in bots {
+        if let Some(node) = bot.status.as_ref().and_then(|s| s.node_name.clone()) {
+            *all.entry(node).or_default() += 1;
+        }
+    }
+    all
+}
