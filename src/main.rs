@@ -38,7 +38,7 @@ enum Part {
     /// Place bots on nodes, hold their finalizers and records, watch over nodes. Several may run; one leads.
     Controller(ControllerArgs),
     /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
-    Agent(AgentArgs),
+    Agent(Box<AgentArgs>),
 }
 
 fn main() -> ExitCode {
@@ -50,8 +50,10 @@ fn main() -> ExitCode {
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
-        Part::Controller(args) => serve(command.log_format, &command.log_filter, |stop| berth::controller::run(args, stop)),
-        Part::Agent(args) => serve(command.log_format, &command.log_filter, |stop| berth::agent::run(args, stop)),
+        Part::Controller(args) => {
+            serve(command.log_format, &command.log_filter, |stop| berth::controller::run(args, stop))
+        }
+        Part::Agent(args) => serve(command.log_format, &command.log_filter, |stop| berth::agent::run(*args, stop)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -200,7 +200,6 @@ impl AgentArgs {
             max_files: self.log_files,
             cgroup: Some(format!("/{}/logger", self.cgroup_parent.trim_matches('/'))),
             program: std::env::current_exe().context("can't find this program's own file, for the loggers")?,
-            ..OutputOptions::default()
         })
     }
 

@@ -364,7 +364,7 @@ impl BotLoop {
         next: &Next,
         busy_since: Instant,
     ) -> Result<(), Failed> {
-        let cidr = self.shared.cidr.borrow().clone();
+        let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref() };
         let act = async {

@@ -67,9 +67,9 @@ kept!(
 kept!(RuntimeClass, |o, w, _live, _now| w.saw_class(o), |w, name, _uid, _now| w.class_gone(&name.name), class_names);
 
 /// Watches a kind for ever; counts itself into `synced` after its first complete list.
-pub async fn watch<K: Kept>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>)
+pub async fn watch<K>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>)
 where
-    K: Sync,
+    K: Kept + Sync,
 {
     // Leases have no namespace in the world: a node has one name.
     let by_namespace = kind != "Lease";
