@@ -19,11 +19,12 @@ use std::time::{Duration, Instant};
 use berth::api::BotContainerSpec;
 use berth::api::bot_container::BotResources;
 use berth::api::ids::{BotUid, ContainerId};
+use berth::image::RunConfig;
 use berth::oci::capability;
 use berth::oci::node::{Machine, NodeFacts};
 use berth::oci::{
-    BindMount, ImageConfig, NetworkNamespace, SpecInput, check_root, ensure_directory, linux_resources, resolve_user,
-    runtime_spec, seccomp,
+    BindMount, NetworkNamespace, SpecInput, check_root, ensure_directory, linux_resources, resolve_user, runtime_spec,
+    seccomp,
 };
 use serde_json::{Value, json};
 
@@ -80,10 +81,10 @@ impl Bundle {
         let mut spec = json!({"image": "example.com/bot:1"});
         spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let bot: BotContainerSpec = serde_json::from_value(spec).unwrap();
-        let image = ImageConfig {
+        let image = RunConfig {
             env: vec!["PATH=/bin:/usr/bin".to_owned()],
             cmd: vec!["true".to_owned()],
-            ..ImageConfig::default()
+            ..RunConfig::default()
         };
         let root = self.root_fd();
         check_root(root.as_fd(), &bot.data.path).unwrap();

@@ -205,7 +205,7 @@ fn release_stdio() -> io::Result<()> {
 pub enum Forked {
     /// The process that forked.
     Original(OwnedFd),
-    /// Its copy, to be the keeper: lets go of all that it inherited, and [`wait_for_end`]s.
+    /// Its copy, to be the keeper: lets go of all that it inherited, and waits for the end.
     Twin(OwnedFd),
 }
 
