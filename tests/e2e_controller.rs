@@ -5,6 +5,8 @@
 #[path = "e2e_controller/fixture.rs"]
 mod fixture;
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+
 use std::time::{Duration, Instant};
 
 use berth::api::{AGENT, FINALIZER};
