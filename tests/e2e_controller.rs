@@ -1,11 +1,10 @@
 //! The controller against a real API server: each row of issue 4's "Controller", with the agent played through the API.
 
 #![allow(missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 #[path = "e2e_controller/fixture.rs"]
 mod fixture;
-
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
 
 use std::time::{Duration, Instant};
 
