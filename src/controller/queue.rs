@@ -115,7 +115,7 @@ impl Queue {
         let failures = state.failures.entry(key.clone()).or_default();
         *failures = failures.saturating_add(1).max(if seldom { 10 } else { 0 });
         let full = FIRST.saturating_mul(1 << (*failures - 1).min(12)).min(LONGEST);
-        let roll = RandomState::new().hash_one(&*key) % 1024;
+        let roll = RandomState::new().hash_one(key) % 1024;
         let wait = full / 2 + full.mul_f64(f64::from(u32::try_from(roll).unwrap_or(0)) / 2048.0);
         state.finish(key);
         drop(state);
