@@ -199,6 +199,7 @@ impl Actor {
         match step {
             Step::Prepare(parts) => self.prepare(parts, work).await,
             Step::WriteContainer => self.write_container(work).await,
+            Step::CreateTask { connect } => self.create(connect, work).await,
             Step::StartAttempt => self.start_attempt(work).await,
             Step::Pause => {
                 let request = self.containerd.request(PauseTaskRequest { container_id: id.to_string() });
@@ -223,7 +224,16 @@ impl Actor {
 
     async fn prepare(&self, parts: Parts, work: &Work<'_>) -> Result<(), StepError> {
         let layer = async { if parts.layer { self.prepare_layer(work).await } else { Ok(()) } };
-        let network = async { if parts.network { self.prepare_network(work).await } else { Ok(()) } };
+        let network = async {
+            if parts.network {
+                self.connect(work).await
+            } else if parts.namespace {
+                let made = self.network.ensure_loopback_only(work.id(), &work.owner()).await;
+                made.map(|_| ()).map_err(StepError::Network)
+            } else {
+                Ok(())
+            }
+        };
         let output = async {
             if !parts.output {
                 return Ok(());
@@ -235,7 +245,7 @@ impl Actor {
         layer.and(network).and(output)
     }
 
-    async fn prepare_network(&self, work: &Work<'_>) -> Result<(), StepError> {
+    async fn connect(&self, work: &Work<'_>) -> Result<(), StepError> {
         match work.alive()?.network {
             NetworkMode::Host => Ok(()),
             NetworkMode::None => self
@@ -342,7 +352,7 @@ impl Actor {
         let (references, mounts) = (references.map_err(StepError::References)?, mounts.map_err(StepError::Runtime)?);
         let image = self
             .images
-            .at(&alive.image, &layer.digest, &work.desired.snapshotter)
+            .run_config(&alive.image, &layer.digest, &work.desired.snapshotter)
             .await
             .map_err(|source| StepError::Image { image: layer.image.clone(), source })?
             .ok_or_else(|| StepError::ImageGone { image: layer.image.clone(), digest: layer.digest.clone() })?;
@@ -411,14 +421,28 @@ impl Actor {
         answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
     }
 
-    async fn start_attempt(&self, work: &Work<'_>) -> Result<(), StepError> {
+    async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        if work.observed.task == Task::Absent
-            && let Err(refused) = self.create_task(id, record, work).await?
-        {
-            return self.could_not_start(id, record, refused).await;
+        let connected = async { if connect { self.connect(work).await } else { Ok(()) } };
+        let created = async {
+            match work.observed.task {
+                Task::Absent => self.create_task(id, record, work).await,
+                _ => Ok(Ok(())),
+            }
+        };
+        let (connected, created) = tokio::join!(connected, created);
+        match created? {
+            Ok(()) => connected,
+            Err(refused) => self.could_not_start(id, record, refused).await,
         }
+    }
+
+    async fn start_attempt(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let alive = work.alive()?;
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        self.bundle.tell_address(work.desired, alive, &work.observed.network).map_err(StepError::Bundle)?;
         let started = record.started(Timestamp::now());
         if started != *record {
             self.note(id, &started).await?;

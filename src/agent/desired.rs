@@ -67,6 +67,8 @@ pub struct Alive {
     pub pull_policy: ImagePullPolicy,
     /// How it is connected.
     pub network: NetworkMode,
+    /// Whether the environment tells the bot's address, so that it must be known before the container is written.
+    pub address_in_env: bool,
     /// The spec itself, for making the OCI spec.
     pub spec: BotContainerSpec,
 }
@@ -143,6 +145,10 @@ fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
         pull_policy: spec.image_pull_policy.unwrap_or_else(|| image.default_pull_policy()),
         image,
         network: spec.network.mode,
+        address_in_env: spec.env.iter().any(|variable| {
+            let field = variable.value_from.as_ref().and_then(|from| from.field_ref.as_ref());
+            field.is_some_and(|field| field.field_path.starts_with("status.podIP"))
+        }),
         spec: spec.clone(),
     })
 }

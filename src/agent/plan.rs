@@ -5,7 +5,8 @@
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
 //! alive     an end to note? -> Reap / RecordLost
 //!           task live, spec changed -> Stop .. Kill -> Reap
-//!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> StartAttempt      -> Settled(Running)
+//!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> CreateTask -> StartAttempt
+//!                                                                                                   -> Settled(Running)
 //! ```
 //!
 //! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
@@ -156,9 +157,9 @@ fn kill(record: &Record, now: Timestamp) -> Next {
 
 fn stopped(record: Option<&Record>, observed: &Observed) -> Next {
     let unwanted = Parts {
-        layer: false,
         network: observed.network != Attached::Absent,
         output: observed.output != Output::Absent,
+        ..Parts::default()
     };
     if unwanted.any() {
         return Next::Do(Step::Remove(unwanted));
@@ -174,6 +175,7 @@ fn remove_all(observed: &Observed) -> Next {
         layer: observed.layer.is_some(),
         network: observed.network != Attached::Absent,
         output: observed.output != Output::Absent,
+        ..Parts::default()
     };
     if left.any() {
         return Next::Do(Step::Remove(left));
@@ -204,9 +206,12 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
         },
         Task::Created => {
             let stale = changed || record.spec_for != record.next_attempt() || observed.output != Output::Drained;
-            if stale || alive.paused || record.stop_ordered.is_some() {
-                // Made from what is no longer asked, or with nobody to drain it; it never ran.
+            if stale || alive.paused || record.stop_ordered.is_some() || !has_namespace(alive, observed) {
+                // Made from what is no longer asked, in a namespace that has to go, or with nobody to drain it; it never
+                // ran.
                 kill(record, now)
+            } else if !is_connected(alive, observed) {
+                Next::Do(Step::CreateTask { connect: true })
             } else {
                 Next::Do(Step::StartAttempt)
             }
@@ -255,9 +260,9 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     if !again {
         // The network of a bot that will not run again is freed; its files and its record stay.
         let unwanted = Parts {
-            layer: false,
             network: observed.network != Attached::Absent,
             output: observed.output != Output::Absent,
+            ..Parts::default()
         };
         if unwanted.any() {
             return Next::Do(Step::Remove(unwanted));
@@ -277,13 +282,28 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     build_up(alive, Some(record), observed)
 }
 
+/// Whether the network namespace is there that the process is to be in.
+fn has_namespace(alive: &Alive, observed: &Observed) -> bool {
+    alive.network == NetworkMode::Host || matches!(observed.network, Attached::Ready { .. })
+}
+
+/// Whether the network is all that was asked for.
+fn is_connected(alive: &Alive, observed: &Observed) -> bool {
+    match (alive.network, &observed.network) {
+        (NetworkMode::Host, _) => true,
+        (NetworkMode::None, network) => matches!(network, Attached::Ready { .. }),
+        (NetworkMode::Bridge, network) => matches!(network, Attached::Ready { ips } if !ips.is_empty()),
+    }
+}
+
 /// Towards a task, from none.
 fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next {
+    // The namespace first: shim and runc need no more, and take longer than the addresses, which come beside them.
+    let first = if alive.address_in_env { is_connected(alive, observed) } else { has_namespace(alive, observed) };
     let missing = Parts {
         layer: observed.layer.is_none(),
-        network: alive.network != NetworkMode::Host
-            && !alive.paused
-            && !matches!(observed.network, Attached::Ready { .. }),
+        namespace: !alive.paused && !first && !alive.address_in_env,
+        network: !alive.paused && !first && alive.address_in_env,
         output: !alive.paused && observed.output != Output::Drained,
     };
     if missing.any() {
@@ -301,7 +321,7 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
                 && observed.files
                 && !alive.paused =>
         {
-            Next::Do(Step::StartAttempt)
+            Next::Do(Step::CreateTask { connect: !is_connected(alive, observed) })
         }
         _ => Next::Do(Step::WriteContainer),
     }

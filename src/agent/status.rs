@@ -352,11 +352,13 @@ fn network_ready(desired: &Desired, observed: &Observed, trouble: Option<&Troubl
         return (Some(true), Reason::NetworkReady, "the bot uses its node's network".into());
     }
     match &observed.network {
-        Attached::Ready { ips } if ips.is_empty() => {
+        Attached::Ready { ips } if ips.is_empty() && mode == Some(NetworkMode::None) => {
             (Some(true), Reason::NoNetwork, "network.mode None: loopback only".into())
         }
-        Attached::Ready { .. } => (Some(true), Reason::NetworkReady, "the bot's network is set up".into()),
-        Attached::Absent | Attached::Partial => match trouble {
+        Attached::Ready { ips } if !ips.is_empty() => {
+            (Some(true), Reason::NetworkReady, "the bot's network is set up".into())
+        }
+        Attached::Absent | Attached::Partial | Attached::Ready { .. } => match trouble {
             Some(trouble)
                 if matches!(
                     trouble.reason,
