@@ -312,6 +312,12 @@ async fn killing_both_is_healed_by_ensure_and_what_the_pipe_held_is_kept() {
         }
         assert_eq!(scene.output().ensure(&bot.id, &bot.owner).await.unwrap(), pipes);
         assert!(scene.output().observe(&bot.id).await.unwrap().alive);
+        let before = numbers(&scene.log(&bot)).len();
+        wait_for("lines after it was healed", || {
+            let now = numbers(&scene.log(&bot)).len();
+            if now >= before + 20 { Ok(()) } else { Err(format!("{before} then {now} lines")) }
+        })
+        .await;
     }
     let (written, slowest_write) = writer.stop();
     scene.output().remove(&bot.id, true).await.unwrap();
