@@ -282,6 +282,8 @@ async fn a_quiet_bot_loses_nothing_when_its_drainer_is_killed() {
     let pipes = scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
     let mut pipe = open_as_shim(&pipes.stdout);
     for number in 0..20 {
+        // A pair that is still being made answers no flush, and what its drainer has read by then dies with it.
+        scene.wait_for_pair().await;
         // All that was written before is in the log, so nothing is in anyone's buffer.
         pipe.write_all(format!("line {number:010}\n").as_bytes()).unwrap();
         scene.output().last_output(&bot.owner, 10).unwrap();

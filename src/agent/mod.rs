@@ -20,6 +20,7 @@
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs
 //! node.rs    BotNode and Lease          sweep.rs   what nobody owns
+//! failpoint.rs   where tests make the agent die
 //! ```
 //!
 //! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The
@@ -31,6 +32,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod cost;
 pub mod desired;
+pub mod failpoint;
 pub mod labels;
 pub mod metrics;
 pub mod node;
