@@ -27,6 +27,9 @@ pub const RENEW_EVERY: Duration = Duration::from_secs(10);
 /// See [`RENEW_EVERY`]. Seconds.
 pub const LEASE_SECONDS: i32 = 40;
 
+/// How often a write of the BotNode's status is computed anew in a row, when somebody else wrote in between.
+const CONFLICTS: usize = 3;
+
 /// The oldest runtime versions without a known escape that Berth is documented for: FAULTS.md, rule 14.
 const FLOOR_CONTAINERD: [u64; 3] = [1, 6, 0];
 const FLOOR_RUNC: [u64; 3] = [1, 1, 5];
@@ -151,12 +154,21 @@ impl Registration {
 
     /// Brings the BotNode's status up to what is there. Writes only a difference.
     async fn publish(&self) -> Result<(), NodeError> {
-        let live = self.ensure().await?;
-        let status = self.observe(live.status.as_ref()).await?;
-        if live.status.as_ref() == Some(&status) {
-            return Ok(());
+        // The controller writes the CIDR at about the same time as we write the first status.
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let live = self.ensure().await?;
+            let status = self.observe(live.status.as_ref()).await?;
+            if live.status.as_ref() == Some(&status) {
+                return Ok(());
+            }
+            match self.apply(&live, &status).await {
+                Err(NodeError::Api { source, .. })
+                    if tries < CONFLICTS && matches!(&*source, kube::Error::Api(s) if s.is_conflict()) => {}
+                done => return done,
+            }
         }
-        self.apply(&live, &status).await
     }
 
     async fn apply(&self, live: &BotNode, status: &BotNodeStatus) -> Result<(), NodeError> {

@@ -482,7 +482,8 @@ impl Inner {
         if !loopback_only {
             let mounted = namespace::look(&path).map_err(namespace_failed("look at", &path))?;
             let live = matches!(mounted, Mounted::Namespace(_)).then_some(path.as_path());
-            let config = plugin::config(&self.options.bridge, self.options.mtu, None, &self.leases_root);
+            let cidr = self.rules.cidr().await;
+            let config = plugin::config(&self.options.bridge, self.options.mtu, cidr, &self.leases_root);
             let deleted = self.plugins.run(Verb::Del, id, live, &config).await;
             if let Err(error) = &deleted {
                 // The bridge plugin keeps nothing but the veth and the lease, so its work can be done for it, and a bot's
