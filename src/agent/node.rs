@@ -22,6 +22,8 @@ use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE};
 use crate::containerd::{CallContext, CallFailed, Containerd};
 use crate::network::Cidr;
 
+use super::disk::Room;
+
 /// The Lease is renewed so often, and counts for four times as long, as kubelet's.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
 /// See [`RENEW_EVERY`]. Seconds.
@@ -81,12 +83,13 @@ pub struct Registration {
     client: Client,
     containerd: Containerd,
     facts: NodeFacts,
+    room: watch::Receiver<Option<Room>>,
 }
 
 impl Registration {
-    /// Of the node that `facts` speak of.
-    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts) -> Self {
-        Self { client, containerd, facts }
+    /// Of the node that `facts` speak of; `room` tells of its disk, once that was looked at.
+    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts, room: watch::Receiver<Option<Room>>) -> Self {
+        Self { client, containerd, facts, room }
     }
 
     fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
@@ -134,13 +137,21 @@ impl Registration {
             plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
         snapshotters.sort();
         let supported = unsupported(&versions);
-        let conditions = vec![
+        let mut conditions = vec![
             node_condition(live, "Ready", true, Reason::AgentReady, "the agent serves its node"),
             match supported {
                 None => node_condition(live, "RuntimeSupported", true, Reason::Supported, "no known escape"),
                 Some(why) => node_condition(live, "RuntimeSupported", false, Reason::Unsupported, &why),
             },
         ];
+        // Not said before it was measured. The numbers change all the time, so they are no part of the message.
+        if let Some(room) = *self.room.borrow() {
+            let (reason, message) = match room.is_pressed() {
+                true => (Reason::DiskPressure, "the file system below containerd's snapshots is nearly full"),
+                false => (Reason::DiskOk, "the file system below containerd's snapshots has room"),
+            };
+            conditions.push(node_condition(live, "DiskPressure", room.is_pressed(), reason, message));
+        }
         Ok(BotNodeStatus {
             versions: Some(versions),
             snapshotters,
