@@ -382,6 +382,7 @@ impl Actor {
             attempt: old.map_or(0, |old| old.attempt),
             life: old.map_or(Life::Fresh, |old| old.life),
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             failures: old.map_or(0, |old| old.failures),
             restarts: old.map_or(0, |old| old.restarts),
@@ -523,12 +524,13 @@ impl Actor {
     async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        self.note(id, &Record { stop_ordered: Some(Timestamp::now()), ..record.clone() }).await?;
+        let order = Record { stop_ordered: Some(Timestamp::now()), stop_sent: false, ..record.clone() };
+        self.note(id, &order).await?;
         self.signal(id, record.stop_signal, false).await?;
         if let Task::Paused { .. } = work.observed.task {
             self.resume(id).await?;
         }
-        Ok(())
+        self.note(id, &Record { stop_sent: true, ..order }).await
     }
 
     async fn kill(&self, work: &Work<'_>) -> Result<(), StepError> {

@@ -125,7 +125,7 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
 
 /// TERM, then KILL when the grace period is over.
 fn stop(record: &Record, task: Task, grace: Duration, now: Timestamp) -> Next {
-    let Some(ordered) = record.stop_ordered else { return Next::Do(Step::Stop) };
+    let Some(ordered) = record.stop_ordered.filter(|_| record.stop_sent) else { return Next::Do(Step::Stop) };
     // A frozen process answers no signal, and on cgroup v1 not even KILL (runc #3134): it is thawed first.
     if matches!(task, Task::Paused { .. }) {
         return Next::Do(Step::Resume);

@@ -39,8 +39,11 @@ pub struct Record {
     pub attempt: u64,
     /// Where that attempt stands.
     pub life: Life,
-    /// TERM was sent to that attempt at our wish.
+    /// When that attempt was last to be stopped at our wish: the grace period counts from here.
     pub stop_ordered: Option<Timestamp>,
+    /// The stop signal went out after that order. Noted after it: an agent that dies between the two sends it again.
+    #[serde(default)]
+    pub stop_sent: bool,
     /// When KILL was last sent to it.
     pub kill_ordered: Option<Timestamp>,
     /// Attempts in a row that ended by themselves; decides the back-off.
@@ -133,6 +136,7 @@ impl Record {
             attempt: self.attempt + 1,
             life: Life::Started { at },
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             restarts,
             ..self.clone()
@@ -151,7 +155,15 @@ impl Record {
             let ran = ending.started_at.map_or(SignedDuration::ZERO, |start| ending.finished_at.duration_since(start));
             (Life::Ended, if ran >= BACKOFF_RESET { 1 } else { self.failures.saturating_add(1) })
         };
-        Self { life, failures, last: Some(ending), stop_ordered: None, kill_ordered: None, ..self.clone() }
+        Self {
+            life,
+            failures,
+            last: Some(ending),
+            stop_ordered: None,
+            stop_sent: false,
+            kill_ordered: None,
+            ..self.clone()
+        }
     }
 
     /// The record after an end by itself was settled: the next start asks no restart policy and waits for nothing.
@@ -196,6 +208,7 @@ mod tests {
             attempt: 0,
             life: Life::Fresh,
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             failures: 0,
             restarts: 0,

@@ -31,7 +31,8 @@ pub enum Step {
     Resume,
     /// Give the running task its new limits, then note them in the record. Cut off: done again.
     UpdateLimits,
-    /// Note the order, then send the stop signal, then thaw where it was paused. Cut off: sent again.
+    /// Note the order, then send the stop signal, then thaw where it was paused, then note that it was sent. Cut off: sent
+    /// again, and the grace period begins again; nothing is killed that was not asked to end.
     Stop,
     /// Note the order, send KILL to all processes, thaw. Cut off: sent again.
     Kill,
