@@ -7,6 +7,7 @@
 //!           task live, spec changed -> Stop .. Kill -> Reap
 //!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> CreateTask -> StartAttempt
 //!                                                                                                   -> Settled(Running)
+//! refused   an end to note? an order to carry out? a logger to mend? else as it is                  -> Settled(Refused)
 //! ```
 //!
 //! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
@@ -98,8 +99,25 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Goal::Stopped { grace } => {
             take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
         }
-        Goal::Refused(refusal) => Next::settled(State::Refused(refusal.clone())),
+        Goal::Refused { grace, refusal } => record
+            .and_then(|record| leave_alone(record, observed, *grace, now))
+            .unwrap_or_else(|| Next::settled(State::Refused(refusal.clone()))),
         Goal::Alive(alive) => keep_alive(alive, record, observed, now),
+    }
+}
+
+/// Neither up nor down: what ended is noted, what was ordered is carried out, and output is drained. `None` else.
+fn leave_alone(record: &Record, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
+    match observed.task {
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
+        Task::Absent | Task::Created => None,
+        task if record.stop_ordered.is_some() => Some(stop(record, task, grace, now)),
+        // A process that nobody drains stands still at its next write.
+        _ if observed.output != Output::Drained => {
+            Some(Next::Do(Step::Prepare(Parts { output: true, ..Parts::default() })))
+        }
+        _ => None,
     }
 }
 
