@@ -240,10 +240,13 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
                 // An order once given is carried out: the process may be half-way down already.
                 return stop(record, task, alive.grace, now);
             }
-            if changed && frozen && alive.paused {
+            // Never down for what can't come up again: a change of the image, which this agent can't do, holds up the
+            // restart that another change needs.
+            let restart = changed && !image_changed;
+            if restart && frozen && alive.paused {
                 return Next::settled(State::RestartPending);
             }
-            if changed {
+            if restart {
                 return stop(record, task, alive.grace, now);
             }
             if observed.output != Output::Drained {
