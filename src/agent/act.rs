@@ -575,7 +575,9 @@ impl Actor {
                 finished_at: at,
                 asked: false,
             },
-            _ => lost(),
+            // A shim that does not answer says nothing of its process. One that is dead can be deleted, and then the
+            // attempt has no task, which is an end; one that only hangs refuses, and nothing was claimed.
+            _ => return self.delete_task(id).await,
         };
         let ended = record.ended(ending);
         self.note(id, &ended).await?;

@@ -37,7 +37,8 @@ pub enum Step {
     /// Note the order, send KILL to all processes, thaw. Cut off: sent again.
     Kill,
     /// Note how the process ended in the record, then delete the task. Cut off between: the end is noted already, the
-    /// next `Reap` only deletes.
+    /// next `Reap` only deletes. Where containerd can't say how the process is, only delete, which is refused while it
+    /// lives: nothing is noted that was not seen.
     Reap,
     /// The attempt was marked as started and its task is gone: note that it ended.
     RecordLost,
