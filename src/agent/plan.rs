@@ -339,6 +339,7 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
             if record.hash == alive.hash
                 && record.limits == alive.limits
                 && record.spec_for == record.next_attempt()
+                && observed.layer.as_ref().is_some_and(|layer| record.stands_on(layer))
                 && observed.files
                 && !alive.paused =>
         {

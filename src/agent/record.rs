@@ -7,6 +7,8 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::observe::Layer;
+
 /// The agent's note on a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -122,8 +124,13 @@ impl Record {
     pub fn next_attempt(&self) -> u64 {
         match self.life {
             Life::Started { .. } => self.attempt,
-            Life::Fresh | Life::Ended => self.attempt + 1,
+            Life::Fresh | Life::Ended => self.attempt.saturating_add(1),
         }
+    }
+
+    /// Whether the container was made for this layer, and not for one that was there before.
+    pub fn stands_on(&self, layer: &Layer) -> bool {
+        (&self.layer, &self.image, &self.digest) == (&layer.key, &layer.image, &layer.digest)
     }
 
     /// The record after the next attempt was marked as started.
@@ -131,9 +138,9 @@ impl Record {
         if let Life::Started { .. } = self.life {
             return self.clone();
         }
-        let restarts = self.restarts + u64::from(self.life == Life::Ended);
+        let restarts = self.restarts.saturating_add(u64::from(self.life == Life::Ended));
         Self {
-            attempt: self.attempt + 1,
+            attempt: self.attempt.saturating_add(1),
             life: Life::Started { at },
             stop_ordered: None,
             stop_sent: false,
