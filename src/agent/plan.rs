@@ -341,6 +341,8 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
                 && record.spec_for == record.next_attempt()
                 && observed.layer.as_ref().is_some_and(|layer| record.stands_on(layer))
                 && observed.files
+                // An order to a task that never ran outlives it, and would kill the next one as well.
+                && record.stop_ordered.is_none()
                 && !alive.paused =>
         {
             Next::Do(Step::CreateTask { connect: !is_connected(alive, observed) })
@@ -348,3 +350,6 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
         _ => Next::Do(Step::WriteContainer),
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;
