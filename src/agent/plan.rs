@@ -123,14 +123,7 @@ fn leave_alone(record: &Record, observed: &Observed, grace: Duration, now: Times
 
 /// Towards no task. `None` once there is none and its end is noted.
 fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
-    let Some(record) = record else {
-        // A task without a container is not possible in containerd; one that we can't explain is ended.
-        return match observed.task {
-            Task::Absent => None,
-            Task::Stopped { .. } => Some(Next::Do(Step::Reap)),
-            _ => Some(Next::Do(Step::Kill)),
-        };
-    };
+    let Some(record) = record else { return unexplained(observed.task) };
     match observed.task {
         Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
         Task::Absent => None,
@@ -138,6 +131,15 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
         // Never ran: nothing to be polite to.
         Task::Created => Some(kill(record, now)),
         Task::Running { .. } | Task::Paused { .. } => Some(stop(record, observed.task, grace, now)),
+    }
+}
+
+/// containerd shows no task without a container; one that it shows all the same is ended, since nobody knows what it is.
+fn unexplained(task: Task) -> Option<Next> {
+    match task {
+        Task::Absent => None,
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Created | Task::Running { .. } | Task::Paused { .. } => Some(Next::Do(Step::Kill)),
     }
 }
 
@@ -206,10 +208,7 @@ fn remove_all(observed: &Observed) -> Next {
 
 fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: Timestamp) -> Next {
     let Some(record) = record else {
-        if observed.task != Task::Absent {
-            return Next::Do(Step::Kill);
-        }
-        return build_up(alive, None, observed);
+        return unexplained(observed.task).unwrap_or_else(|| build_up(alive, None, observed));
     };
     let changed = record.hash != alive.hash;
     let image_changed = record.image != alive.image.to_string();
