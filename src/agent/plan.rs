@@ -145,14 +145,15 @@ fn unexplained(task: Task) -> Option<Next> {
 
 /// TERM, then KILL when the grace period is over.
 fn stop(record: &Record, task: Task, grace: Duration, now: Timestamp) -> Next {
-    let Some(ordered) = record.stop_ordered.filter(|_| record.stop_sent) else { return Next::Do(Step::Stop) };
+    // An order from the future means that the clock was set back. How long ago it was can't be told, and to reckon from
+    // now at each look would put the end off for ever: it is given again, which notes a time of the new clock.
+    let ordered = record.stop_ordered.filter(|at| record.stop_sent && *at <= now);
+    let Some(ordered) = ordered else { return Next::Do(Step::Stop) };
     // A frozen process answers no signal, and on cgroup v1 not even KILL (runc #3134): it is thawed first.
     if matches!(task, Task::Paused { .. }) {
         return Next::Do(Step::Resume);
     }
-    // An order from the future means that the clock was set back; it must not wait longer than the grace period.
-    let deadline =
-        ordered.saturating_add(grace).unwrap_or(Timestamp::MAX).min(now.saturating_add(grace).unwrap_or(now));
+    let deadline = ordered.saturating_add(grace).unwrap_or(Timestamp::MAX);
     if now < deadline {
         return Next::Settled { state: State::Stopping, until: Some(deadline) };
     }
@@ -291,9 +292,10 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     }
     let wait = backoff(record.failures);
     let since = record.last.as_ref().map_or(now, |last| last.finished_at);
-    // A clock that was set back must not make a wait longer than the back-off itself.
-    let at = since.saturating_add(wait).unwrap_or(now).min(now.saturating_add(wait).unwrap_or(now));
-    if now < at {
+    let at = since.saturating_add(wait).unwrap_or(now);
+    // An end in the future means that the clock was set back. To wait from now at each look would be to wait for ever:
+    // one start comes early instead, and its end has a time of the new clock.
+    if since <= now && now < at {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
     if record.image != alive.image.to_string() {
