@@ -390,6 +390,7 @@ impl Actor {
             attempt: old.map_or(0, |old| old.attempt),
             life: old.map_or(Life::Fresh, |old| old.life),
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             failures: old.map_or(0, |old| old.failures),
             restarts: old.map_or(0, |old| old.restarts),
@@ -540,13 +541,13 @@ impl Actor {
     async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let order = Record { stop_ordered: Some(Timestamp::now()), ..record.clone() };
+        let order = Record { stop_ordered: Some(Timestamp::now()), stop_sent: false, ..record.clone() };
         around(Effect::StopNote, self.note(id, &order)).await?;
         around(Effect::StopSignal, self.signal(id, record.stop_signal, false)).await?;
         if let Task::Paused { .. } = work.observed.task {
             around(Effect::StopResume, self.resume(id)).await?;
         }
-        Ok(())
+        around(Effect::StopNoteSent, self.note(id, &Record { stop_sent: true, ..order })).await
     }
 
     async fn kill(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -591,7 +592,9 @@ impl Actor {
                 finished_at: at,
                 asked: false,
             },
-            _ => lost(),
+            // A shim that does not answer says nothing of its process. One that is dead can be deleted, and then the
+            // attempt has no task, which is an end; one that only hangs refuses, and nothing was claimed.
+            _ => return self.delete_task(id).await,
         };
         let ended = record.ended(ending);
         around(Effect::ReapNote, self.note(id, &ended)).await?;

@@ -45,7 +45,12 @@ pub enum Goal {
     /// A process, running or paused.
     Alive(Box<Alive>),
     /// The spec can't be run here. What runs, runs on.
-    Refused(Refusal),
+    Refused {
+        /// Between TERM and KILL, where a stop is under way already.
+        grace: Duration,
+        /// Why.
+        refusal: Refusal,
+    },
 }
 
 /// How a process is to be.
@@ -108,7 +113,7 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
     } else {
         match alive(spec, grace) {
             Ok(alive) => Goal::Alive(Box::new(alive)),
-            Err(refusal) => Goal::Refused(refusal),
+            Err(refusal) => Goal::Refused { grace, refusal },
         }
     };
     let bot_id = bot

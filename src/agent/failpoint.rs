@@ -55,6 +55,7 @@ effects! {
     StopNote = "stop.note",
     StopSignal = "stop.signal",
     StopResume = "stop.resume",
+    StopNoteSent = "stop.note_sent",
     KillNote = "kill.note",
     KillSignal = "kill.signal",
     ReapNote = "reap.note",

@@ -7,6 +7,7 @@
 //!           task live, spec changed -> Stop .. Kill -> Reap
 //!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> CreateTask -> StartAttempt
 //!                                                                                                   -> Settled(Running)
+//! refused   an end to note? an order to carry out? a logger to mend? else as it is                  -> Settled(Refused)
 //! ```
 //!
 //! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
@@ -98,21 +99,31 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Goal::Stopped { grace } => {
             take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
         }
-        Goal::Refused(refusal) => Next::settled(State::Refused(refusal.clone())),
+        Goal::Refused { grace, refusal } => record
+            .and_then(|record| leave_alone(record, observed, *grace, now))
+            .unwrap_or_else(|| Next::settled(State::Refused(refusal.clone()))),
         Goal::Alive(alive) => keep_alive(alive, record, observed, now),
+    }
+}
+
+/// Neither up nor down: what ended is noted, what was ordered is carried out, and output is drained. `None` else.
+fn leave_alone(record: &Record, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
+    match observed.task {
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
+        Task::Absent | Task::Created => None,
+        task if record.stop_ordered.is_some() => Some(stop(record, task, grace, now)),
+        // A process that nobody drains stands still at its next write.
+        _ if observed.output != Output::Drained => {
+            Some(Next::Do(Step::Prepare(Parts { output: true, ..Parts::default() })))
+        }
+        _ => None,
     }
 }
 
 /// Towards no task. `None` once there is none and its end is noted.
 fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
-    let Some(record) = record else {
-        // A task without a container is not possible in containerd; one that we can't explain is ended.
-        return match observed.task {
-            Task::Absent => None,
-            Task::Stopped { .. } => Some(Next::Do(Step::Reap)),
-            _ => Some(Next::Do(Step::Kill)),
-        };
-    };
+    let Some(record) = record else { return unexplained(observed.task) };
     match observed.task {
         Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
         Task::Absent => None,
@@ -123,16 +134,26 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
     }
 }
 
+/// containerd shows no task without a container; one that it shows all the same is ended, since nobody knows what it is.
+fn unexplained(task: Task) -> Option<Next> {
+    match task {
+        Task::Absent => None,
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Created | Task::Running { .. } | Task::Paused { .. } => Some(Next::Do(Step::Kill)),
+    }
+}
+
 /// TERM, then KILL when the grace period is over.
 fn stop(record: &Record, task: Task, grace: Duration, now: Timestamp) -> Next {
-    let Some(ordered) = record.stop_ordered else { return Next::Do(Step::Stop) };
+    // An order from the future means that the clock was set back. How long ago it was can't be told, and to reckon from
+    // now at each look would put the end off for ever: it is given again, which notes a time of the new clock.
+    let ordered = record.stop_ordered.filter(|at| record.stop_sent && *at <= now);
+    let Some(ordered) = ordered else { return Next::Do(Step::Stop) };
     // A frozen process answers no signal, and on cgroup v1 not even KILL (runc #3134): it is thawed first.
     if matches!(task, Task::Paused { .. }) {
         return Next::Do(Step::Resume);
     }
-    // An order from the future means that the clock was set back; it must not wait longer than the grace period.
-    let deadline =
-        ordered.saturating_add(grace).unwrap_or(Timestamp::MAX).min(now.saturating_add(grace).unwrap_or(now));
+    let deadline = ordered.saturating_add(grace).unwrap_or(Timestamp::MAX);
     if now < deadline {
         return Next::Settled { state: State::Stopping, until: Some(deadline) };
     }
@@ -188,10 +209,7 @@ fn remove_all(observed: &Observed) -> Next {
 
 fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: Timestamp) -> Next {
     let Some(record) = record else {
-        if observed.task != Task::Absent {
-            return Next::Do(Step::Kill);
-        }
-        return build_up(alive, None, observed);
+        return unexplained(observed.task).unwrap_or_else(|| build_up(alive, None, observed));
     };
     let changed = record.hash != alive.hash;
     let image_changed = record.image != alive.image.to_string();
@@ -222,10 +240,13 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
                 // An order once given is carried out: the process may be half-way down already.
                 return stop(record, task, alive.grace, now);
             }
-            if changed && frozen && alive.paused {
+            // Never down for what can't come up again: a change of the image, which this agent can't do, holds up the
+            // restart that another change needs.
+            let restart = changed && !image_changed;
+            if restart && frozen && alive.paused {
                 return Next::settled(State::RestartPending);
             }
-            if changed {
+            if restart {
                 return stop(record, task, alive.grace, now);
             }
             if observed.output != Output::Drained {
@@ -271,9 +292,10 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     }
     let wait = backoff(record.failures);
     let since = record.last.as_ref().map_or(now, |last| last.finished_at);
-    // A clock that was set back must not make a wait longer than the back-off itself.
-    let at = since.saturating_add(wait).unwrap_or(now).min(now.saturating_add(wait).unwrap_or(now));
-    if now < at {
+    let at = since.saturating_add(wait).unwrap_or(now);
+    // An end in the future means that the clock was set back. To wait from now at each look would be to wait for ever:
+    // one start comes early instead, and its end has a time of the new clock.
+    if since <= now && now < at {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
     if record.image != alive.image.to_string() {
@@ -318,7 +340,10 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
             if record.hash == alive.hash
                 && record.limits == alive.limits
                 && record.spec_for == record.next_attempt()
+                && observed.layer.as_ref().is_some_and(|layer| record.stands_on(layer))
                 && observed.files
+                // An order to a task that never ran outlives it, and would kill the next one as well.
+                && record.stop_ordered.is_none()
                 && !alive.paused =>
         {
             Next::Do(Step::CreateTask { connect: !is_connected(alive, observed) })
@@ -326,3 +351,6 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
         _ => Next::Do(Step::WriteContainer),
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -31,12 +31,14 @@ pub enum Step {
     Resume,
     /// Give the running task its new limits, then note them in the record. Cut off: done again.
     UpdateLimits,
-    /// Note the order, then send the stop signal, then thaw where it was paused. Cut off: sent again.
+    /// Note the order, then send the stop signal, then thaw where it was paused, then note that it was sent. Cut off: sent
+    /// again, and the grace period begins again; nothing is killed that was not asked to end.
     Stop,
     /// Note the order, send KILL to all processes, thaw. Cut off: sent again.
     Kill,
     /// Note how the process ended in the record, then delete the task. Cut off between: the end is noted already, the
-    /// next `Reap` only deletes.
+    /// next `Reap` only deletes. Where containerd can't say how the process is, only delete, which is refused while it
+    /// lives: nothing is noted that was not seen.
     Reap,
     /// The attempt was marked as started and its task is gone: note that it ended.
     RecordLost,
