@@ -519,7 +519,8 @@ impl Actor {
     async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let order = Record { stop_ordered: Some(Timestamp::now()), ..record.clone() };
+        // Sent again, it keeps its time: the grace period does not begin anew.
+        let order = Record { stop_ordered: record.stop_ordered.or_else(|| Some(Timestamp::now())), ..record.clone() };
         around(Effect::StopNote, self.note(id, &order)).await?;
         around(Effect::StopSignal, self.signal(id, record.stop_signal, false)).await?;
         if let Task::Paused { .. } = work.observed.task {

@@ -25,7 +25,7 @@ use crate::network::Cidr;
 use super::act::{Actor, Work};
 use super::desired::{Desired, Goal, desired};
 use super::metrics::Metrics;
-use super::observe::{Observed, Observer};
+use super::observe::{Container, Observed, Observer, Task};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
 use super::status::{Trouble, report};
@@ -205,6 +205,8 @@ struct BotLoop {
     busy_since: Option<Instant>,
     /// The newest object that a write of ours gave back.
     written: Option<Arc<BotContainer>>,
+    /// This agent sent the stop signal to the attempt under way.
+    stop_sent: bool,
 }
 
 /// How a pass ended.
@@ -217,7 +219,7 @@ enum Pass {
 
 impl BotLoop {
     fn new(shared: Arc<Shared>, bot: Bot, trigger: Arc<Trigger>) -> Self {
-        Self { shared, bot, trigger, retry: None, busy_since: None, written: None }
+        Self { shared, bot, trigger, retry: None, busy_since: None, written: None, stop_sent: false }
     }
 
     async fn run(mut self) {
@@ -269,7 +271,7 @@ impl BotLoop {
                     return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
                 }
             };
-            let next = plan(&desired, &observed, Timestamp::now());
+            let next = self.not_just_noted(plan(&desired, &observed, Timestamp::now()), &observed);
             match &next {
                 Next::Do(step) => {
                     if let Some(at) = self.must_wait(*step, &bot) {
@@ -285,6 +287,11 @@ impl BotLoop {
                             };
                             last = Some((*step, repeats));
                             self.retry = None;
+                            match step {
+                                Step::Stop => self.stop_sent = true,
+                                Step::Reap | Step::StartAttempt => self.stop_sent = false,
+                                _ => {}
+                            }
                             if repeats >= SAME_STEP {
                                 let error =
                                     format!("the step {step} was done {repeats} times and the bot is as before");
@@ -314,6 +321,18 @@ impl BotLoop {
                     return Pass::Wait(until.map(instant));
                 }
             }
+        }
+    }
+
+    /// A stop is noted before its signal is sent, and the agent that noted it may have died in between: the process would
+    /// only hear KILL. So each agent sends the signal once itself.
+    fn not_just_noted(&self, next: Next, observed: &Observed) -> Next {
+        let killed = matches!(&observed.container, Container::Ours(record) if record.kill_ordered.is_some());
+        match (&next, observed.task) {
+            (Next::Settled { state: State::Stopping, .. }, Task::Running { .. }) if !self.stop_sent && !killed => {
+                Next::Do(Step::Stop)
+            }
+            _ => next,
         }
     }
 
