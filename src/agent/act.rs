@@ -665,13 +665,9 @@ impl Actor {
         network.and(output).and(layer)
     }
 
-    /// Removes what no observation shows: lease, mounted files, logs. Safe twice.
-    pub async fn remove_rest(&self, desired: &Desired) -> Result<(), StepError> {
-        around(Effect::RemoveRestOutput, self.output.remove(&desired.id, false)).await.map_err(StepError::Output)?;
-        self.remove_lease_and_files(&desired.id).await
-    }
-
-    async fn remove_lease_and_files(&self, id: &ContainerId) -> Result<(), StepError> {
+    /// Removes what no observation shows: logs of a bot that was stopped before, mounted files, lease. Safe twice.
+    pub async fn remove_rest(&self, id: &ContainerId) -> Result<(), StepError> {
+        around(Effect::RemoveLogs, self.output.remove(id, false)).await.map_err(StepError::Output)?;
         around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
         let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
         let answer =
@@ -683,7 +679,7 @@ impl Actor {
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), StepError> {
-        self.remove_lease_and_files(id).await?;
+        self.remove_rest(id).await?;
         let request = DeleteContainerRequest { id: id.to_string() };
         let answer =
             around(Effect::RemoveContainer, self.containerd.containers().delete(self.containerd.request(request)))

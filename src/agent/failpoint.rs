@@ -66,10 +66,10 @@ effects! {
     RemoveNetwork = "remove.network",
     RemoveOutput = "remove.output",
     RemoveLayer = "remove.layer",
+    RemoveLogs = "remove_container.logs",
     RemoveFiles = "remove_container.files",
     RemoveLease = "remove_container.lease",
     RemoveContainer = "remove_container.container",
-    RemoveRestOutput = "remove_rest.output",
     StatusWrite = "status.write",
     StatusEvent = "status.event",
 }

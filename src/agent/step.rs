@@ -47,7 +47,7 @@ pub enum Step {
     SettleEnd,
     /// Remove parts that are not wanted any more, side by side. Cut off: the rest is found by name.
     Remove(Parts),
-    /// Remove the container's record and its lease. The last step of a deletion: until then the record says whose the
+    /// Remove logs, mounted files and lease, then the container's record. The last step of a deletion: until then the record says whose the
     /// rest is.
     RemoveContainer,
 }

@@ -239,7 +239,7 @@ impl Orphan {
                 }
                 Next::Settled { state: State::Removed, .. } => {
                     // What is left may be a lease, files or logs alone, which no observation shows.
-                    return shared.actor.remove_rest(&desired).await.map_err(|error| chain(&error));
+                    return shared.actor.remove_rest(&desired.id).await.map_err(|error| chain(&error));
                 }
                 Next::Settled { .. } => tokio::time::sleep(Duration::from_millis(100)).await,
             }

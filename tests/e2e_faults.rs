@@ -1,0 +1,22 @@
+//! Faults: whatever is killed, stopped, taken away or broken by hand, in the end the node is what the objects say.
+//!
+//! ```text
+//! scene.rs      one node with its agent, a namespace, and the oracles: never two, data kept, nothing left
+//! points.rs     the agent dies before and after each thing that it does
+//! storm.rs      agent, containerd and API server die at random while bots change
+//! servers.rs    containerd, API server, shims, the whole node
+//! bots.rs       bots that behave badly
+//! outsiders.rs  somebody with `ctr`, `umount` and `kill`
+//! ```
+
+#![allow(missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+
+mod common;
+
+#[path = "e2e_faults/bots.rs"]
+mod bots;
+#[path = "e2e_faults/points.rs"]
+mod points;
+#[path = "e2e_faults/scene.rs"]
+mod scene;
