@@ -22,6 +22,8 @@ const OFF: (&str, &str) = (VARIABLE, "");
 enum Way {
     /// A new bot.
     Up,
+    /// A new bot whose environment tells its address, so that its network comes before its container.
+    Addressed,
     /// A new bot whose image is not on the node.
     Pulled,
     /// A new bot whose program is not in its image.
@@ -58,21 +60,25 @@ fn way(effect: Effect) -> Way {
         Effect::PrepareLease
         | Effect::PrepareHold
         | Effect::PrepareSnapshot
-        | Effect::PrepareNetwork
+        | Effect::PrepareNamespace
         | Effect::PrepareOutput
         | Effect::WriteFiles
         | Effect::WriteContainer
-        | Effect::StartOutput
-        | Effect::StartCreate
+        | Effect::CreateConnect
+        | Effect::CreateOutput
+        | Effect::CreateTask
         | Effect::StartNote
         | Effect::StartStart
         | Effect::StatusWrite
         | Effect::StatusEvent => Way::Up,
+        Effect::PrepareNetwork => Way::Addressed,
         Effect::StartNoteRefused | Effect::StartDeleteRefused => Way::Unstartable,
         Effect::Pause => Way::Paused,
         Effect::Resume => Way::Resumed,
         Effect::LimitsUpdate | Effect::LimitsNote => Way::Limited,
-        Effect::StopNote | Effect::StopSignal | Effect::ReapNote | Effect::ReapDelete => Way::Changed,
+        Effect::StopNote | Effect::StopSignal | Effect::StopNoteSent | Effect::ReapNote | Effect::ReapDelete => {
+            Way::Changed
+        }
         Effect::StopResume => Way::StoppedFrozen,
         Effect::KillNote | Effect::KillSignal => Way::Stubborn,
         Effect::ReapNoteOutput => Way::Ended,
@@ -91,6 +97,10 @@ fn base(way: Way, name: &str) -> BotBuilder {
         Way::Ended | Way::Settled => diarist(name, "echo last words; exit 3"),
         Way::Unstartable => counting(name).command(["/no/such/program"]),
         Way::Resumed | Way::StoppedFrozen => counting(name).paused(),
+        Way::Addressed => counting(name).with(|spec| {
+            let variable = serde_json::json!({"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}});
+            spec.env.push(serde_json::from_value(variable).unwrap());
+        }),
         _ => counting(name),
     };
     bot.restart(RestartPolicy::Never)
@@ -100,7 +110,7 @@ impl Scene {
     /// Brings a bot to where its way begins; the agent runs.
     async fn bring(&self, way: Way, name: &str) -> Option<BotContainer> {
         match way {
-            Way::Up | Way::Unstartable => None,
+            Way::Up | Way::Addressed | Way::Unstartable => None,
             Way::Pulled => {
                 for image in self.agent.ctr(["images", "list", "-q"]).lines() {
                     self.agent.ctr(["images", "remove", "--sync", image]);
@@ -141,7 +151,7 @@ impl Scene {
     async fn lead(&self, way: Way, name: &str, bot: Option<&BotContainer>) -> BotContainer {
         let next = base(way, name);
         match way {
-            Way::Up | Way::Pulled | Way::Unstartable => self.apply(next).await,
+            Way::Up | Way::Addressed | Way::Pulled | Way::Unstartable => self.apply(next).await,
             Way::Paused => self.apply(next.paused()).await,
             Way::Resumed => self.apply(next.mode(OperatingMode::Running)).await,
             Way::Limited => self.apply(next.limit("pids", "77")).await,
@@ -180,7 +190,7 @@ impl Scene {
     async fn reached(&self, way: Way, name: &str, bot: &BotContainer, point: Point) {
         let starts = |n: usize| self.diary(bot).assert_starts(n, point);
         match way {
-            Way::Up | Way::Pulled | Way::Resumed | Way::Limited => {
+            Way::Up | Way::Addressed | Way::Pulled | Way::Resumed | Way::Limited => {
                 let seen = self.phase(name, Phase::Running).await;
                 self.started(bot, 1).await;
                 starts(1);
@@ -250,7 +260,7 @@ impl Scene {
 
 const ENDS_WHEN_TOLD: &str = "while ! [ -e /data/end ]; do usleep 20000; done; echo last words; exit 3";
 
-const UP: &[Way] = &[Way::Up, Way::Pulled, Way::Unstartable];
+const UP: &[Way] = &[Way::Up, Way::Addressed, Way::Pulled, Way::Unstartable];
 const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Changed];
 const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Settled];
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
