@@ -366,7 +366,8 @@ impl BotLoop {
     ) -> Result<(), Failed> {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
-        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref() };
+        let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let _permit = shared.steps.acquire().await;
