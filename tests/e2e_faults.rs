@@ -20,3 +20,7 @@ mod bots;
 mod points;
 #[path = "e2e_faults/scene.rs"]
 mod scene;
+#[path = "e2e_faults/servers.rs"]
+mod servers;
+#[path = "e2e_faults/storm.rs"]
+mod storm;
