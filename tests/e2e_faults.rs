@@ -16,6 +16,8 @@ mod common;
 
 #[path = "e2e_faults/bots.rs"]
 mod bots;
+#[path = "e2e_faults/outsiders.rs"]
+mod outsiders;
 #[path = "e2e_faults/points.rs"]
 mod points;
 #[path = "e2e_faults/scene.rs"]

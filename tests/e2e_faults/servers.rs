@@ -11,7 +11,7 @@ use kube::api::{Patch, PatchParams};
 use crate::common::{SOON, run, wait_for};
 use crate::scene::{Scene, counting, diarist, id};
 
-fn kill(signal: &str, pid: u32) {
+pub fn kill(signal: &str, pid: u32) {
     run(Command::new("kill").args([signal, &pid.to_string()]));
 }
 
@@ -29,12 +29,12 @@ fn shims(of: &str) -> Vec<u32> {
 }
 
 impl Scene {
-    async fn pid(&self, name: &str) -> i64 {
+    pub async fn pid(&self, name: &str) -> i64 {
         self.ns.bots().get(name).await.unwrap().status.unwrap().task.unwrap().pid
     }
 
     /// Makes the agent look at a bot now.
-    async fn touch(&self, name: &str) {
+    pub async fn touch(&self, name: &str) {
         let now = jiff::Timestamp::now().to_string();
         let patch = serde_json::json!({"metadata": {"annotations": {"look": now}}});
         self.ns.bots().patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();

@@ -102,6 +102,11 @@ async fn settle(scene: &Scene, wanted: &[Wanted]) {
             Wanted::Mode(OperatingMode::Stopped, _) => Some(scene.phase(&name, Phase::Stopped).await),
         };
         let Some(bot) = bot else { continue };
+        if matches!(wanted, Wanted::Mode(OperatingMode::Stopped, _)) && bot.status.unwrap().image.is_none() {
+            // Made anew as Stopped: it never had a layer.
+            continue;
+        }
+        let bot = scene.ns.bots().get(&name).await.unwrap();
         let diary = scene.diary(&bot);
         diary.assert_whole(&name);
         if once(n) {
