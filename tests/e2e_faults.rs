@@ -16,7 +16,13 @@ mod common;
 
 #[path = "e2e_faults/bots.rs"]
 mod bots;
+#[path = "e2e_faults/outsiders.rs"]
+mod outsiders;
 #[path = "e2e_faults/points.rs"]
 mod points;
 #[path = "e2e_faults/scene.rs"]
 mod scene;
+#[path = "e2e_faults/servers.rs"]
+mod servers;
+#[path = "e2e_faults/storm.rs"]
+mod storm;

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use berth::api::bot_container::Phase;
+use berth::api::bot_container::{Phase, RestartPolicy};
 
-use crate::common::wait_for;
-use crate::scene::{Scene, diarist};
+use crate::common::{SOON, wait_for};
+use crate::scene::{Scene, counting, diarist};
 
 /// Harm done: the logs of a bot that was stopped before it was deleted stayed until the sweeper took them for an orphan's.
 #[tokio::test]
@@ -23,5 +23,58 @@ async fn the_logs_of_a_bot_deleted_while_stopped_go_with_it() {
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     })
     .await;
+    scene.end().await;
+}
+
+/// Bots that do their worst at once; a calm one beside them does not notice, and a new one starts as ever.
+#[tokio::test]
+async fn bots_that_behave_badly_are_their_own_trouble() {
+    let scene = Scene::new("bad").await;
+    let calm = scene.apply(counting("calm")).await;
+    scene.phase("calm", Phase::Running).await;
+    let pid = scene.pid("calm").await;
+
+    let ends = scene.apply(diarist("ends-at-once", "exit 1")).await;
+    scene.apply(diarist("ends-soon", "usleep 10000; exit 7").restart(RestartPolicy::OnFailure)).await;
+    scene.apply(diarist("ends-well", "exit 0").restart(RestartPolicy::Never)).await;
+    scene.apply(diarist("forks", "while :; do sleep 1000 & done").limit("pids", "40")).await;
+    scene.apply(diarist("deaf", "trap '' TERM; while :; do sleep 1000; done").grace(2)).await;
+    scene.apply(diarist("floods", "yes a line of output that nobody will ever want to read")).await;
+    scene.apply(diarist("eats", "tail /dev/zero").limit("memory", "32Mi").restart(RestartPolicy::Never)).await;
+
+    scene.phase("ends-well", Phase::Succeeded).await;
+    // The first restart comes at once, the second after ten seconds.
+    for name in ["ends-at-once", "ends-soon"] {
+        let seen = scene.phase(name, Phase::BackOff).await;
+        let last = seen.status.unwrap().last_termination.unwrap();
+        assert_eq!(last.exit_code, if name == "ends-soon" { 7 } else { 1 }, "{last:?}");
+    }
+    let starts = scene.diary(&ends).starts;
+    assert!((2..=4).contains(&starts), "a crash loop is slowed down: {starts} starts");
+    let seen = scene.phase("eats", Phase::Failed).await;
+    assert_eq!(seen.status.unwrap().last_termination.unwrap().reason, "OOMKilled");
+    for name in ["forks", "deaf", "floods"] {
+        scene
+            .ns
+            .until(name, "started", SOON, |bot| bot.status.as_ref().is_some_and(|s| s.container_id.is_some()))
+            .await;
+    }
+
+    scene.apply(counting("late")).await;
+    scene.phase("late", Phase::Running).await;
+    assert_eq!(scene.pid("calm").await, pid);
+    scene.diary(&calm).assert_starts(1, "calm");
+
+    let floods = scene.ns.bots().get("floods").await.unwrap();
+    let uid = floods.metadata.uid.unwrap();
+    let logs = scene.files().into_iter().find(|path| path.to_string_lossy().ends_with(&format!("floods_{uid}")));
+    let bytes: u64 =
+        std::fs::read_dir(logs.unwrap()).unwrap().map(|file| file.unwrap().metadata().unwrap().len()).sum();
+    assert!((1..=5 * (10 << 20) + (1 << 20)).contains(&bytes), "its log is bounded: {bytes} bytes");
+
+    // All of them go: in their grace period and little more.
+    for name in ["forks", "deaf", "floods"] {
+        scene.ns.delete(name, Duration::from_secs(30)).await;
+    }
     scene.end().await;
 }
