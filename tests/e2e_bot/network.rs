@@ -56,7 +56,8 @@ async fn bots_of_a_namespace_reach_each_other_and_no_one_elses() {
     let script = format!("wget -q -T 3 -O - http://{}:8080/ >/data/new 2>&1 || echo refused >>/data/new; \
         mv /data/new /data/said; exec sleep 1000000", ip(&server));
     let friend = stage.runs(bot("friend").sh(&script)).await;
-    assert!(read_in(&friend, "/data/said").await.starts_with("I am server"));
+    let seen = read_in(&friend, "/data/said").await;
+    assert!(seen.starts_with("I am server"), "a bot of the same namespace does not get through: {seen}");
     other.apply(bot("stranger").sh(&script).on(stage.agent.node())).await;
     let stranger = other.ready("stranger", SOON).await;
     let seen = read_in(&stranger, "/data/said").await;

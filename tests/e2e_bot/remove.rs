@@ -60,11 +60,14 @@ async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {
     for name in ["stopped", "hasty", "family"] {
         stage.ns.ready(name, SOON).await;
     }
+    // One that ran and was stopped: its process and network are gone already, its log is not.
+    stage.runs(bot("retired")).await;
+    stage.edited("retired", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
     let start = Instant::now();
-    for name in ["paused", "stopped", "crashes", "hasty", "family"] {
+    for name in ["paused", "stopped", "crashes", "hasty", "family", "retired"] {
         stage.ns.delete(name, SOON).await;
     }
-    println!("five deletions took {:?}", start.elapsed());
+    println!("six deletions took {:?}", start.elapsed());
     stage.agent.nothing_left_since(&before, SOON).await;
     assert_eq!(std::fs::read_dir(stage.agent.env("BERTH_LOG_DIR")).unwrap().count(), 0, "logs are left");
 }

@@ -218,6 +218,24 @@ async fn the_second_bot_of_a_bot_id_waits_until_the_first_is_gone() {
     assert!(page(&second).await.starts_with("I am second, started 1 time"));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bot_that_fits_nowhere_is_pending_and_says_why() {
+    let stage = Stage::set("nowhere").await;
+    stage.ns.apply(bot("web").on("no-such-node")).await;
+    let waits = stage.ns.until("web", "Pending", SOON, |bot| says_ready(bot) == Some("Unschedulable")).await;
+    assert_eq!(status(&waits).phase, Some(Phase::Pending), "{}", summary(&waits));
+    assert_eq!(says(&waits, ConditionType::Scheduled), Some(("False", "Unschedulable")));
+    assert_eq!(says(&waits, ConditionType::Reconciling).map(|r| r.0), Some("True"), "{}", summary(&waits));
+    let said = crate::stage::message(&waits, ConditionType::Ready);
+    assert!(said.contains(stage.agent.node()), "each node's reason: {said}");
+    assert_eq!(stage.agent.leaks().count("containers"), 0);
+    // It is not placed yet, so it may be sent elsewhere; and one that never was placed goes at once.
+    stage.ns.apply(bot("other").on("no-such-node")).await;
+    stage.ns.delete("other", SOON).await;
+    let web = stage.runs(bot("web")).await;
+    page(&web).await;
+}
+
 fn says_ready(bot: &berth::api::BotContainer) -> Option<&str> {
     bot.status.as_ref()?;
     says(bot, ConditionType::Ready).map(|(_, reason)| reason)

@@ -4,11 +4,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use berth::api::bot_container::{Phase, RestartPolicy};
+use berth::api::condition::ConditionType;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::common::{Controller, SOON, bot, run, summary, wait_for};
-use crate::stage::{Stage, alive, ip, life, moment, page, pid, status};
+use crate::stage::{Stage, alive, ip, life, moment, page, pid, says, status, well_said};
 use crate::start::Alone;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -57,6 +58,33 @@ async fn the_agent_goes_and_comes_and_bots_run_on() {
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_not_heard_of_is_unknown_and_its_bots_run_on() {
+    let mut stage = Stage::set("silent").await;
+    let web = stage.runs(bot("web")).await;
+    stage.edited("web", json!({"terminationGracePeriodSeconds": 3}), Phase::Running).await;
+    let process = life(pid(&web));
+    stage.agent.kill_9();
+    let unknown = stage
+        .ns
+        .until("web", "Unknown", Duration::from_secs(120), |bot| {
+            bot.status.as_ref().is_some_and(|s| s.phase == Some(Phase::Unknown))
+        })
+        .await;
+    for type_ in [ConditionType::Ready, ConditionType::Running] {
+        assert_eq!(says(&unknown, type_), Some(("Unknown", "NodeUnreachable")), "{}", summary(&unknown));
+    }
+    assert_eq!(life(pid(&web)), process);
+    assert_eq!(status(&unknown).node_name.as_deref(), Some(stage.agent.node()), "not started elsewhere");
+    stage.agent.start_again(&[]).await;
+    let back = stage.ns.ready("web", SOON).await;
+    assert_eq!(status(&back).phase, Some(Phase::Running), "{}", summary(&back));
+    assert_eq!(life(pid(&back)), process);
+    well_said(&back);
+    // And the two go on together.
+    stage.edited("web", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
