@@ -30,7 +30,7 @@ use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
 use crate::network::{ClusterDns, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
 use crate::oci::{
-    BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput,
+    BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput, User,
     UserError, check_root, check_working_directory, ensure_directory, linux_resources, resolve_env, resolve_user,
     runtime_spec,
 };
@@ -272,10 +272,10 @@ impl Bundle {
         let (bot, image) = (spec.clone(), input.image.clone());
         let alive_network = input.alive.network;
         let json = tokio::task::spawn_blocking(move || -> Result<Vec<u8>, BundleError> {
-            let binds = this.write_files(&id, &files)?;
             let root = root::open(&mounts, &this.options.mnt_dir, &id)?;
             check_root(root.as_fd(), &bot.data.path)?;
             let user = resolve_user(root.as_fd(), &image.user, bot.security_context.as_ref())?;
+            let binds = this.write_files(&id, &files, &user)?;
             // 0755 and the bot's own user: a bot that does not run as root must be able to write its data.
             ensure_directory(root.as_fd(), &bot.data.path, user.uid, user.gid, 0o755)?;
             let netns = this.options.netns_dir.join(id.as_str());
@@ -396,7 +396,7 @@ impl Bundle {
         for (i, file) in spec.files.iter().enumerate() {
             if let Some(content) = content(i, file, input.references)? {
                 let mode = u32::try_from(file.mode.unwrap_or(0o644)).unwrap_or(0o644) & 0o777;
-                files.push(File::new(&file.path, content, mode));
+                files.push(File::of_bot(&file.path, content, mode));
             }
         }
         Ok(files)
@@ -415,7 +415,7 @@ impl Bundle {
 
     /// Writes the files of a bot anew, each beside the old one and moved over it: a process that has the old one mounted
     /// keeps it. The mark comes last.
-    fn write_files(&self, id: &ContainerId, files: &[File]) -> Result<Vec<BindMount>, BundleError> {
+    fn write_files(&self, id: &ContainerId, files: &[File], user: &User) -> Result<Vec<BindMount>, BundleError> {
         let dir = self.options.files_dir.join(id.as_str());
         let failed = |what, path: &Path| {
             let path = path.to_owned();
@@ -433,7 +433,7 @@ impl Bundle {
         for (i, file) in files.iter().enumerate() {
             let (source, read_only) = match &file.source {
                 Source::Node(path) => (path.clone(), true),
-                Source::Content { bytes, mode } => {
+                Source::Content { bytes, mode, of_bot } => {
                     let path = dir.join(i.to_string());
                     let new = dir.join(format!("{i}.new"));
                     let mut out = fs::OpenOptions::new()
@@ -444,6 +444,10 @@ impl Bundle {
                         .open(&new)
                         .map_err(failed("create", &new))?;
                     out.write_all(bytes).map_err(failed("write", &new))?;
+                    if *of_bot {
+                        std::os::unix::fs::fchown(&out, Some(user.uid), Some(user.gid))
+                            .map_err(failed("set the owner of", &new))?;
+                    }
                     out.set_permissions(fs::Permissions::from_mode(*mode)).map_err(failed("set the mode of", &new))?;
                     fs::rename(&new, &path).map_err(failed("rename", &new))?;
                     (path, false)
@@ -479,13 +483,20 @@ struct File {
 enum Source {
     /// A file that the node has.
     Node(PathBuf),
-    /// A file that is written for the bot.
-    Content { bytes: Vec<u8>, mode: u32 },
+    /// A file that is written for the bot; `of_bot` where its process's user owns it, else root does.
+    Content { bytes: Vec<u8>, mode: u32, of_bot: bool },
 }
 
 impl File {
     fn new(destination: &str, content: impl Into<Vec<u8>>, mode: u32) -> Self {
-        Self { source: Source::Content { bytes: content.into(), mode }, destination: destination.to_owned() }
+        let source = Source::Content { bytes: content.into(), mode, of_bot: false };
+        Self { source, destination: destination.to_owned() }
+    }
+
+    /// One of `spec.files`: with mode 0600 a bot that is not root could not read it, were it not its own.
+    fn of_bot(destination: &str, content: Vec<u8>, mode: u32) -> Self {
+        let source = Source::Content { bytes: content, mode, of_bot: true };
+        Self { source, destination: destination.to_owned() }
     }
 }
 

@@ -298,6 +298,16 @@ impl BotLoop {
                     }
                 }
                 Next::Settled { state, until } => {
+                    // What no observation shows goes before it is said that nothing is left: the lease of a pull that
+                    // failed, the logs of a bot that was stopped.
+                    if *state == State::Removed
+                        && let Err(error) = self.shared.actor.remove_rest(&desired).await
+                    {
+                        let step = Step::RemoveContainer;
+                        self.failed(step, error.reason(), chain(&error), error.retryable(), &bot);
+                        self.tell(&bot, &desired, &observed, &Next::Do(step)).await;
+                        return Pass::Wait(self.retry.as_ref().map(|retry| retry.at));
+                    }
                     self.retry = None;
                     let passing = matches!(state, State::Stopping);
                     if passing {

@@ -1,0 +1,66 @@
+//! The three modes, and addresses that stay.
+
+use std::net::{Ipv4Addr, TcpListener};
+
+use berth::api::condition::ConditionType;
+use berth::api::bot_container::{NetworkMode, Phase};
+use serde_json::json;
+
+use crate::common::{SOON, bot, get, summary, wait_for};
+use crate::stage::{Stage, ip, page, pid, read_in, says, status};
+
+fn namespace_of(pid: &str) -> String {
+    std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap().display().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_mode_connects_as_it_says() {
+    let stage = Stage::set("modes").await;
+    let host_port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
+    let host = bot("host").env("PORT", &host_port.to_string()).with(|spec| spec.network.mode = NetworkMode::Host);
+    let host = stage.runs(host).await;
+    assert_eq!(namespace_of(&pid(&host).to_string()), namespace_of("self"));
+    assert_eq!(says(&host, ConditionType::NetworkReady).unwrap().0, "True", "{}", summary(&host));
+    let page_of_host = wait_for("the page on the node's port", SOON, || async {
+        get((Ipv4Addr::LOCALHOST, host_port).into(), "/").await
+    })
+    .await;
+    assert!(page_of_host.1.starts_with("I am host"), "{page_of_host:?}");
+    let left = stage.agent.leaks();
+    assert_eq!((left.count("netns"), left.count("addresses")), (0, 0), "{left:?}");
+
+    let script = "ls /sys/class/net >/data/links; wget -q -T 2 -O - http://127.0.0.1:1/; exec sleep 1000000";
+    let none = stage.runs(bot("none").sh(script).with(|spec| spec.network.mode = NetworkMode::None)).await;
+    assert_eq!(read_in(&none, "/data/links").await.trim(), "lo");
+    assert_eq!(says(&none, ConditionType::NetworkReady), Some(("True", "NoNetwork")));
+    assert_eq!(status(&none).network, None);
+    assert_eq!(stage.agent.leaks().count("addresses"), 0);
+
+    let bridge = stage.runs(bot("bridge")).await;
+    page(&bridge).await;
+    assert_ne!(namespace_of(&pid(&bridge).to_string()), namespace_of("self"));
+
+    // All three stop and start again.
+    for name in ["host", "none", "bridge"] {
+        stage.edited(name, json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
+        stage.edited(name, json!({"operatingMode": "Running"}), Phase::Running).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bots_of_a_namespace_reach_each_other_and_no_one_elses() {
+    let stage = Stage::set("reach").await;
+    let other = crate::common::Namespace::create(stage.cluster, "reach-other").await;
+    let server = stage.runs(bot("server")).await;
+    page(&server).await;
+    let script = format!("wget -q -T 3 -O - http://{}:8080/ >/data/new 2>&1 || echo refused >>/data/new; \
+        mv /data/new /data/said; exec sleep 1000000", ip(&server));
+    let friend = stage.runs(bot("friend").sh(&script)).await;
+    let seen = read_in(&friend, "/data/said").await;
+    assert!(seen.starts_with("I am server"), "a bot of the same namespace does not get through: {seen}");
+    other.apply(bot("stranger").sh(&script).on(stage.agent.node())).await;
+    let stranger = other.ready("stranger", SOON).await;
+    let seen = read_in(&stranger, "/data/said").await;
+    assert!(seen.contains("refused"), "a bot of another namespace got through: {seen}");
+    other.delete("stranger", SOON).await;
+}
