@@ -102,6 +102,8 @@ impl Drop for Scene {
         for pid in &left {
             kill(*pid);
         }
+        // Of a test that failed while its small disk was mounted; where nothing is, this is refused.
+        let _ = rustix::mount::unmount(&self.options.log_root, rustix::mount::UnmountFlags::DETACH);
         let _ = std::fs::remove_dir_all(&self.dir);
         if !std::thread::panicking() {
             assert!(left.is_empty(), "the pair did not end by itself: {left:?}");
@@ -280,6 +282,8 @@ async fn a_quiet_bot_loses_nothing_when_its_drainer_is_killed() {
     let pipes = scene.output().ensure(&bot.id, &bot.owner).await.unwrap();
     let mut pipe = open_as_shim(&pipes.stdout);
     for number in 0..20 {
+        // A pair that is still being made answers no flush, and what its drainer has read by then dies with it.
+        scene.wait_for_pair().await;
         // All that was written before is in the log, so nothing is in anyone's buffer.
         pipe.write_all(format!("line {number:010}\n").as_bytes()).unwrap();
         scene.output().last_output(&bot.owner, 10).unwrap();
@@ -312,6 +316,12 @@ async fn killing_both_is_healed_by_ensure_and_what_the_pipe_held_is_kept() {
         }
         assert_eq!(scene.output().ensure(&bot.id, &bot.owner).await.unwrap(), pipes);
         assert!(scene.output().observe(&bot.id).await.unwrap().alive);
+        let before = numbers(&scene.log(&bot)).len();
+        wait_for("lines after it was healed", || {
+            let now = numbers(&scene.log(&bot)).len();
+            if now >= before + 20 { Ok(()) } else { Err(format!("{before} then {now} lines")) }
+        })
+        .await;
     }
     let (written, slowest_write) = writer.stop();
     scene.output().remove(&bot.id, true).await.unwrap();
@@ -747,6 +757,10 @@ impl Drop for PrivateContainerd {
             }
         }
         left.into_iter().for_each(kill);
+        // runc removes the bot's cgroup with the bot, but not the one above it.
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+            let _ = std::fs::remove_dir(hierarchy.path().join(format!("berth-output-{}", std::process::id())));
+        }
     }
 }
 

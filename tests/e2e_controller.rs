@@ -1,7 +1,8 @@
 //! The controller against a real API server: each row of issue 4's "Controller", with the agent played through the API.
 
 #![allow(missing_docs)]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test that cannot go on fails")]
+// Helpers outside of #[test] functions may fail a test as well.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "e2e_controller/fixture.rs"]
 mod fixture;
@@ -147,7 +148,8 @@ async fn one_of_two_holds_a_bot_id_and_the_other_goes_on_after_it() {
     let (a, b) = (bot("a", json!({"botId": "both"})), bot("b", json!({"botId": "both"})));
     let (bots, params) = (cluster.bots(), PostParams::default());
     let (a, b) = tokio::join!(bots.create(&params, &a), bots.create(&params, &b));
-    (a.unwrap(), b.unwrap());
+    a.unwrap();
+    b.unwrap();
     eventually("one bound, one waiting", Duration::from_secs(10), || async {
         let mut nodes = Vec::new();
         for name in ["a", "b"] {

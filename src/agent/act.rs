@@ -25,6 +25,7 @@ use crate::output::{BotDirName, Output, OutputError};
 
 use super::bundle::{self, Bundle, BundleError};
 use super::desired::{Alive, Desired, Goal};
+use super::failpoint::{Effect, around};
 use super::labels;
 use super::observe::{Container, Observed, Task};
 use super::record::{Ending, Life, Record};
@@ -199,19 +200,21 @@ impl Actor {
         match step {
             Step::Prepare(parts) => self.prepare(parts, work).await,
             Step::WriteContainer => self.write_container(work).await,
+            Step::CreateTask { connect } => self.create(connect, work).await,
             Step::StartAttempt => self.start_attempt(work).await,
             Step::Pause => {
                 let request = self.containerd.request(PauseTaskRequest { container_id: id.to_string() });
-                self.containerd.tasks().pause(request).await.call("pause task", id.as_str()).map_err(StepError::Runtime)
+                let answer = around(Effect::Pause, self.containerd.tasks().pause(request)).await;
+                answer.call("pause task", id.as_str()).map_err(StepError::Runtime)
             }
-            Step::Resume => self.resume(id).await,
+            Step::Resume => around(Effect::Resume, self.resume(id)).await,
             Step::UpdateLimits => self.update_limits(work).await,
             Step::Stop => self.stop(work).await,
             Step::Kill => self.kill(work).await,
             Step::Reap => self.reap(work).await,
             Step::RecordLost => self.record_lost(work).await,
             Step::SettleEnd => match work.record() {
-                Some(record) => self.note(id, &record.settled()).await,
+                Some(record) => around(Effect::SettleNote, self.note(id, &record.settled())).await,
                 None => Ok(()),
             },
             Step::Remove(parts) => self.remove(parts, work).await,
@@ -223,19 +226,30 @@ impl Actor {
 
     async fn prepare(&self, parts: Parts, work: &Work<'_>) -> Result<(), StepError> {
         let layer = async { if parts.layer { self.prepare_layer(work).await } else { Ok(()) } };
-        let network = async { if parts.network { self.prepare_network(work).await } else { Ok(()) } };
+        let network = async {
+            if parts.network {
+                around(Effect::PrepareNetwork, self.connect(work)).await
+            } else if parts.namespace {
+                let owner = work.owner();
+                let make = self.network.ensure_loopback_only(work.id(), &owner);
+                around(Effect::PrepareNamespace, make).await.map(|_| ()).map_err(StepError::Network)
+            } else {
+                Ok(())
+            }
+        };
         let output = async {
             if !parts.output {
                 return Ok(());
             }
-            self.output.ensure(work.id(), &work.logs()).await.map(|_| ()).map_err(StepError::Output)
+            let pipes = around(Effect::PrepareOutput, self.output.ensure(work.id(), &work.logs())).await;
+            pipes.map(|_| ()).map_err(StepError::Output)
         };
         // All three go to their end: what one of them made is found again, and the first error is told.
         let (layer, network, output) = tokio::join!(layer, network, output);
         layer.and(network).and(output)
     }
 
-    async fn prepare_network(&self, work: &Work<'_>) -> Result<(), StepError> {
+    async fn connect(&self, work: &Work<'_>) -> Result<(), StepError> {
         match work.alive()?.network {
             NetworkMode::Host => Ok(()),
             NetworkMode::None => self
@@ -254,14 +268,16 @@ impl Actor {
     async fn prepare_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
         let alive = work.alive()?;
         let id = work.id();
-        let (image, lease) = tokio::join!(self.image(alive, work.desired), self.ensure_lease(id));
+        let (image, lease) =
+            tokio::join!(self.image(alive, work.desired), around(Effect::PrepareLease, self.ensure_lease(id)));
         let (image, lease) = (image?, lease.map_err(StepError::Runtime)?);
         // What the layer's image is made of stays while the bot does: its config is read at each start.
         let resource = Resource { id: image.digest.clone(), r#type: "content".to_owned() };
         let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
         let hold = async {
             let request = self.containerd.request(add);
-            self.containerd.leases().add_resource(request).await.call("add to lease", lease.as_str())
+            let answer = around(Effect::PrepareHold, self.containerd.leases().add_resource(request)).await;
+            answer.call("add to lease", lease.as_str())
         };
         let mut labels = labels::owner(work.desired);
         labels.insert(labels::IMAGE.to_owned(), image.reference.clone());
@@ -276,7 +292,8 @@ impl Actor {
                 labels,
             };
             let request = self.containerd.leased(&lease, request);
-            match self.containerd.snapshots().prepare(request).await.call("prepare snapshot", &key) {
+            let answer = around(Effect::PrepareSnapshot, self.containerd.snapshots().prepare(request)).await;
+            match answer.call("prepare snapshot", &key) {
                 Err(error) if error.is_already_exists() => Ok(()),
                 done => done.map(|_| ()),
             }
@@ -297,7 +314,8 @@ impl Actor {
             return Err(StepError::NeverPull { image: alive.image.to_string() });
         }
         let credentials = self.credentials(alive, &desired.namespace).await?;
-        self.images.pull(&alive.image, &desired.snapshotter, &credentials).await.map_err(failed)
+        let pull = self.images.pull(&alive.image, &desired.snapshotter, &credentials);
+        around(Effect::PreparePull, pull).await.map_err(failed)
     }
 
     async fn credentials(&self, alive: &Alive, namespace: &str) -> Result<Credentials, StepError> {
@@ -342,7 +360,7 @@ impl Actor {
         let (references, mounts) = (references.map_err(StepError::References)?, mounts.map_err(StepError::Runtime)?);
         let image = self
             .images
-            .at(&alive.image, &layer.digest, &work.desired.snapshotter)
+            .run_config(&alive.image, &layer.digest, &work.desired.snapshotter)
             .await
             .map_err(|source| StepError::Image { image: layer.image.clone(), source })?
             .ok_or_else(|| StepError::ImageGone { image: layer.image.clone(), digest: layer.digest.clone() })?;
@@ -355,7 +373,7 @@ impl Actor {
             mounts: &mounts,
             network: &work.observed.network,
         };
-        let made = self.bundle.make(&input).await.map_err(StepError::Bundle)?;
+        let made = around(Effect::WriteFiles, self.bundle.make(&input)).await.map_err(StepError::Bundle)?;
         let mut record = Record {
             uid: work.desired.uid.to_string(),
             namespace: work.desired.namespace.clone(),
@@ -372,6 +390,7 @@ impl Actor {
             attempt: old.map_or(0, |old| old.attempt),
             life: old.map_or(Life::Fresh, |old| old.life),
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             failures: old.map_or(0, |old| old.failures),
             restarts: old.map_or(0, |old| old.restarts),
@@ -397,10 +416,12 @@ impl Actor {
             let paths = ["spec", "labels", "image", "snapshotkey"].map(str::to_owned).into_iter();
             let paths = paths.chain([format!("extensions.{}", Record::EXTENSION)]).collect();
             let request = UpdateContainerRequest { container: Some(container), update_mask: Some(FieldMask { paths }) };
-            containers.update(self.containerd.request(request)).await.call("update container", id.as_str()).map(|_| ())
+            let answer = around(Effect::WriteContainer, containers.update(self.containerd.request(request))).await;
+            answer.call("update container", id.as_str()).map(|_| ())
         } else {
             let request = CreateContainerRequest { container: Some(container) };
-            containers.create(self.containerd.request(request)).await.call("create container", id.as_str()).map(|_| ())
+            let answer = around(Effect::WriteContainer, containers.create(self.containerd.request(request))).await;
+            answer.call("create container", id.as_str()).map(|_| ())
         };
         done.map_err(StepError::Runtime)
     }
@@ -411,20 +432,36 @@ impl Actor {
         answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
     }
 
-    async fn start_attempt(&self, work: &Work<'_>) -> Result<(), StepError> {
+    async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        if work.observed.task == Task::Absent
-            && let Err(refused) = self.create_task(id, record, work).await?
-        {
-            return self.could_not_start(id, record, refused).await;
+        let connected =
+            async { if connect { around(Effect::CreateConnect, self.connect(work)).await } else { Ok(()) } };
+        let created = async {
+            match work.observed.task {
+                Task::Absent => self.create_task(id, record, work).await,
+                _ => Ok(Ok(())),
+            }
+        };
+        let (connected, created) = tokio::join!(connected, created);
+        match created? {
+            Ok(()) => connected,
+            Err(refused) => self.could_not_start(id, record, refused).await,
         }
+    }
+
+    async fn start_attempt(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let alive = work.alive()?;
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        self.bundle.tell_address(work.desired, alive, &work.observed.network).map_err(StepError::Bundle)?;
         let started = record.started(Timestamp::now());
         if started != *record {
-            self.note(id, &started).await?;
+            around(Effect::StartNote, self.note(id, &started)).await?;
         }
         let request = StartRequest { container_id: id.to_string(), exec_id: String::new() };
-        match self.containerd.tasks().start(self.containerd.request(request)).await.call("start task", id.as_str()) {
+        let answer = around(Effect::StartStart, self.containerd.tasks().start(self.containerd.request(request))).await;
+        match answer.call("start task", id.as_str()) {
             Ok(_) => Ok(()),
             Err(error) if is_answer(&error) => self.could_not_start(id, &started, error).await,
             Err(error) => Err(StepError::Runtime(error)),
@@ -439,8 +476,10 @@ impl Actor {
         work: &Work<'_>,
     ) -> Result<Result<(), CallFailed>, StepError> {
         let logs = work.logs();
-        let (mounts, pipes) =
-            tokio::join!(self.mounts(&record.snapshotter, &record.layer), self.output.ensure(id, &logs));
+        let (mounts, pipes) = tokio::join!(
+            self.mounts(&record.snapshotter, &record.layer),
+            around(Effect::CreateOutput, self.output.ensure(id, &logs)),
+        );
         let (mounts, pipes) = (mounts.map_err(StepError::Runtime)?, pipes.map_err(StepError::Output)?);
         let request = CreateTaskRequest {
             container_id: id.to_string(),
@@ -451,7 +490,8 @@ impl Actor {
         };
         let mut request = self.containerd.request(request);
         request.set_timeout(CREATE_DEADLINE);
-        match self.containerd.tasks().create(request).await.call("create task", id.as_str()) {
+        let answer = around(Effect::CreateTask, self.containerd.tasks().create(request)).await;
+        match answer.call("create task", id.as_str()) {
             Ok(_) => Ok(Ok(())),
             Err(error) if error.is_already_exists() => Ok(Ok(())),
             Err(error) if is_answer(&error) => Ok(Err(error)),
@@ -470,8 +510,8 @@ impl Actor {
             finished_at: now,
             asked: false,
         };
-        self.note(id, &record.started(now).ended(ending)).await?;
-        self.delete_task(id).await
+        around(Effect::StartNoteRefused, self.note(id, &record.started(now).ended(ending))).await?;
+        around(Effect::StartDeleteRefused, self.delete_task(id)).await
     }
 
     async fn resume(&self, id: &ContainerId) -> Result<(), StepError> {
@@ -489,9 +529,11 @@ impl Actor {
             resources: Some(Any { type_url: RESOURCES_TYPE.to_owned(), value: resources }),
             annotations: HashMap::new(),
         };
-        let answer = self.containerd.tasks().update(self.containerd.request(request)).await;
+        let answer =
+            around(Effect::LimitsUpdate, self.containerd.tasks().update(self.containerd.request(request))).await;
         answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
-        self.note(id, &Record { limits: alive.limits.clone(), ..record.clone() }).await
+        let noted = Record { limits: alive.limits.clone(), ..record.clone() };
+        around(Effect::LimitsNote, self.note(id, &noted)).await
     }
 
     // --- down ---
@@ -499,12 +541,13 @@ impl Actor {
     async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        self.note(id, &Record { stop_ordered: Some(Timestamp::now()), ..record.clone() }).await?;
-        self.signal(id, record.stop_signal, false).await?;
+        let order = Record { stop_ordered: Some(Timestamp::now()), stop_sent: false, ..record.clone() };
+        around(Effect::StopNote, self.note(id, &order)).await?;
+        around(Effect::StopSignal, self.signal(id, record.stop_signal, false)).await?;
         if let Task::Paused { .. } = work.observed.task {
-            self.resume(id).await?;
+            around(Effect::StopResume, self.resume(id)).await?;
         }
-        Ok(())
+        around(Effect::StopNoteSent, self.note(id, &Record { stop_sent: true, ..order })).await
     }
 
     async fn kill(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -513,9 +556,9 @@ impl Actor {
             let now = Timestamp::now();
             let order =
                 Record { stop_ordered: record.stop_ordered.or(Some(now)), kill_ordered: Some(now), ..record.clone() };
-            self.note(id, &order).await?;
+            around(Effect::KillNote, self.note(id, &order)).await?;
         }
-        self.signal(id, KILL, true).await?;
+        around(Effect::KillSignal, self.signal(id, KILL, true)).await?;
         // On cgroup v1 a frozen process does not even die of KILL (runc #3134, #2105).
         if let Task::Paused { .. } = work.observed.task {
             match self.resume(id).await {
@@ -538,7 +581,7 @@ impl Actor {
     async fn reap(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let Some(record) = work.record().filter(|record| matches!(record.life, Life::Started { .. })) else {
-            return self.delete_task(id).await;
+            return around(Effect::ReapDelete, self.delete_task(id)).await;
         };
         let ending = match work.observed.task {
             Task::Stopped { code, at, oom } => Ending {
@@ -549,18 +592,20 @@ impl Actor {
                 finished_at: at,
                 asked: false,
             },
-            _ => lost(),
+            // A shim that does not answer says nothing of its process. One that is dead can be deleted, and then the
+            // attempt has no task, which is an end; one that only hangs refuses, and nothing was claimed.
+            _ => return self.delete_task(id).await,
         };
         let ended = record.ended(ending);
-        self.note(id, &ended).await?;
-        self.delete_task(id).await?;
-        self.note_last_output(work, record, ended).await
+        around(Effect::ReapNote, self.note(id, &ended)).await?;
+        around(Effect::ReapDelete, self.delete_task(id)).await?;
+        around(Effect::ReapNoteOutput, self.note_last_output(work, record, ended)).await
     }
 
     async fn record_lost(&self, work: &Work<'_>) -> Result<(), StepError> {
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
         let ended = record.ended(lost());
-        self.note(work.id(), &ended).await?;
+        around(Effect::LostNote, self.note(work.id(), &ended)).await?;
         self.note_last_output(work, record, ended).await
     }
 
@@ -596,20 +641,21 @@ impl Actor {
             if !parts.network {
                 return Ok(());
             }
-            self.network.remove(id).await.map_err(StepError::Network)
+            around(Effect::RemoveNetwork, self.network.remove(id)).await.map_err(StepError::Network)
         };
         let output = async {
             if !parts.output {
                 return Ok(());
             }
             let keep_logs = !matches!(work.desired.goal, Goal::Gone { .. });
-            self.output.remove(id, keep_logs).await.map_err(StepError::Output)
+            around(Effect::RemoveOutput, self.output.remove(id, keep_logs)).await.map_err(StepError::Output)
         };
         let layer = async {
             let Some(layer) = work.observed.layer.as_ref().filter(|_| parts.layer) else { return Ok(()) };
             let snapshotter = work.record().map_or(&work.desired.snapshotter, |record| &record.snapshotter).clone();
             let request = RemoveSnapshotRequest { snapshotter, key: layer.key.clone() };
-            let answer = self.containerd.snapshots().remove(self.containerd.request(request)).await;
+            let answer =
+                around(Effect::RemoveLayer, self.containerd.snapshots().remove(self.containerd.request(request))).await;
             match answer.call("remove snapshot", &layer.key) {
                 Err(error) if error.is_not_found() => Ok(()),
                 done => done.map_err(StepError::Runtime),
@@ -621,15 +667,16 @@ impl Actor {
 
     /// Removes what no observation shows: lease, mounted files, logs. Safe twice.
     pub async fn remove_rest(&self, desired: &Desired) -> Result<(), StepError> {
-        self.output.remove(&desired.id, false).await.map_err(StepError::Output)?;
+        around(Effect::RemoveRestOutput, self.output.remove(&desired.id, false)).await.map_err(StepError::Output)?;
         self.remove_lease_and_files(&desired.id).await
     }
 
     async fn remove_lease_and_files(&self, id: &ContainerId) -> Result<(), StepError> {
-        self.bundle.remove_files(id).await.map_err(StepError::Bundle)?;
+        around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
         let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
-        match self.containerd.leases().delete(self.containerd.request(request)).await.call("delete lease", id.as_str())
-        {
+        let answer =
+            around(Effect::RemoveLease, self.containerd.leases().delete(self.containerd.request(request))).await;
+        match answer.call("delete lease", id.as_str()) {
             Err(error) if error.is_not_found() => Ok(()),
             done => done.map(|_| ()).map_err(StepError::Runtime),
         }
@@ -638,7 +685,9 @@ impl Actor {
     async fn remove_container(&self, id: &ContainerId) -> Result<(), StepError> {
         self.remove_lease_and_files(id).await?;
         let request = DeleteContainerRequest { id: id.to_string() };
-        let answer = self.containerd.containers().delete(self.containerd.request(request)).await;
+        let answer =
+            around(Effect::RemoveContainer, self.containerd.containers().delete(self.containerd.request(request)))
+                .await;
         match answer.call("delete container", id.as_str()) {
             Err(error) if error.is_not_found() => Ok(()),
             done => done.map_err(StepError::Runtime),

@@ -114,6 +114,10 @@ pub struct AgentArgs {
     #[arg(long, env = "BERTH_MAX_BOTS", value_name = "N", default_value_t = 200)]
     pub max_bots: u32,
 
+    /// Processes and threads of a bot whose spec has no limits.pids.
+    #[arg(long, env = "BERTH_DEFAULT_PIDS_LIMIT", value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(i64).range(1..=4_194_304))]
+    pub default_pids_limit: i64,
+
     /// Address of this node, for BotNode's status. Default: the one that the machine would use to reach others.
     #[arg(long, env = "BERTH_NODE_IP", value_name = "IP")]
     pub node_ip: Option<std::net::IpAddr>,
@@ -170,6 +174,13 @@ impl AgentArgs {
             ("memory".to_owned(), Quantity(memory)),
             ("bots".to_owned(), Quantity(self.max_bots.to_string())),
         ])
+    }
+
+    /// The capacity as the cgroup counts it: thousandths of a CPU, and bytes. `None` where a flag is no quantity.
+    pub fn cgroup_limits(&self, memory: u64) -> Option<(i64, i64)> {
+        let capacity = self.capacity(memory);
+        let amount = |key| capacity.get(key).and_then(crate::oci::quantity::Amount::parse);
+        Some((amount("cpu")?.millis()?, amount("memory")?.units()?))
     }
 
     /// The node's addresses.

@@ -27,7 +27,7 @@ use crate::api::bot_container::{FileSpec, KeyRef, NetworkMode};
 use crate::api::condition::Reason;
 use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
-use crate::image::Image;
+use crate::image::RunConfig;
 use crate::network::{ClusterDns, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
 use crate::oci::{
     BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput,
@@ -91,8 +91,8 @@ pub struct Input<'a> {
     pub alive: &'a Alive,
     /// The object, for the downward API.
     pub bot: &'a BotContainer,
-    /// The image below the layer.
-    pub image: &'a Image,
+    /// How the image below the layer wants to be run.
+    pub image: &'a RunConfig,
     /// What the spec refers to.
     pub references: &'a References,
     /// The layer's mounts.
@@ -262,17 +262,14 @@ impl Bundle {
         if let Some(zone) = &spec.timezone {
             env.push(("TZ".to_owned(), zone.clone()));
         }
-        let hostname = match input.alive.network {
-            NetworkMode::Host => self.options.hostname.clone(),
-            _ => spec.network.hostname.clone().unwrap_or_else(|| label_of(&input.desired.name)),
-        };
+        let hostname = self.hostname(input.desired, input.alive);
         let files = self.files(input, &hostname, &ips)?;
-        let stop_signal = signal::parse(input.image.config.stop_signal.as_deref());
+        let stop_signal = signal::parse(input.image.stop_signal.as_deref());
 
         // Mounting and reading the image's tree blocks: it has a thread of its own.
         let this = self.clone();
         let (id, mounts) = (input.desired.id.clone(), input.mounts.to_vec());
-        let (bot, image) = (spec.clone(), input.image.config.clone());
+        let (bot, image) = (spec.clone(), input.image.clone());
         let alive_network = input.alive.network;
         let json = tokio::task::spawn_blocking(move || -> Result<Vec<u8>, BundleError> {
             let binds = this.write_files(&id, &files)?;
@@ -306,6 +303,27 @@ impl Bundle {
         })
         .await??;
         Ok(Made { spec: json, stop_signal, runtime })
+    }
+
+    fn hostname(&self, desired: &Desired, alive: &Alive) -> String {
+        match alive.network {
+            NetworkMode::Host => self.options.hostname.clone(),
+            NetworkMode::Bridge | NetworkMode::None => {
+                alive.spec.network.hostname.clone().unwrap_or_else(|| label_of(&desired.name))
+            }
+        }
+    }
+
+    /// Writes the bot's address into its hosts file, which was made before the address was known. In place: the file is
+    /// mounted already, and no process reads it yet.
+    pub fn tell_address(&self, desired: &Desired, alive: &Alive, network: &Attached) -> Result<(), BundleError> {
+        let ips = match network {
+            Attached::Ready { ips } if alive.network == NetworkMode::Bridge => ips,
+            _ => return Ok(()),
+        };
+        let path = self.options.files_dir.join(desired.id.as_str()).join(HOSTS.to_string());
+        let text = hosts_file(&self.hostname(desired, alive), ips);
+        fs::write(&path, text).map_err(|source| BundleError::File { what: "write", path, source })
     }
 
     fn localhost_seccomp(
@@ -352,7 +370,7 @@ impl Bundle {
             files.push(File::new("/etc/hosts", hosts_file_of_node(&node), 0o644));
         } else {
             let ips: Vec<IpAddr> = ips.iter().filter_map(|ip| ip.parse().ok()).collect();
-            files.push(File::new("/etc/hosts", hosts_file(hostname, &ips), 0o644));
+            files.insert(HOSTS, File::new("/etc/hosts", hosts_file(hostname, &ips), 0o644));
             files.push(File::new("/etc/hostname", format!("{hostname}\n"), 0o644));
         }
         let unreadable = |source| BundleError::File { what: "read", path: self.options.resolv_conf.clone(), source };
@@ -448,6 +466,9 @@ impl Bundle {
         }
     }
 }
+
+/// Place of the hosts file among a bot's files, and its name.
+const HOSTS: usize = 0;
 
 /// A file to be mounted.
 struct File {

@@ -22,6 +22,14 @@ pub struct Cgroups {
 
 const ROOT: &str = "/sys/fs/cgroup";
 
+/// The parent of bots' cgroups can't be made or limited.
+#[derive(Debug, thiserror::Error)]
+#[error("can't write {path}; is this cgroup hierarchy mounted, and writable for the agent?")]
+pub struct CgroupError {
+    path: PathBuf,
+    source: std::io::Error,
+}
+
 impl Cgroups {
     /// Finds out which hierarchy this machine has. `parent` is absolute within it, for example `/berth`.
     pub fn detect(parent: &str) -> Self {
@@ -46,6 +54,35 @@ impl Cgroups {
     /// The OCI spec's `linux.cgroupsPath` of a bot.
     pub fn path(&self, id: &ContainerId) -> String {
         format!("{}/{id}", self.parent)
+    }
+
+    /// Makes the parent of all bots' cgroups, limited to what bots may use in all, so that not even bots without limits of
+    /// their own take the machine from kubelet. `cpu_millis` are thousandths of a CPU, `memory` bytes.
+    ///
+    /// # Errors
+    /// When the kernel refuses: the hierarchy is not mounted, or is not ours to write.
+    pub fn ensure_parent(&self, cpu_millis: i64, memory: i64) -> Result<(), CgroupError> {
+        const PERIOD: i64 = 100_000;
+        let quota = cpu_millis.saturating_mul(PERIOD) / 1000;
+        let limits = match self.version {
+            Version::V1 => vec![
+                ("memory", "memory.limit_in_bytes", memory.to_string()),
+                ("cpu", "cpu.cfs_period_us", PERIOD.to_string()),
+                ("cpu", "cpu.cfs_quota_us", quota.to_string()),
+            ],
+            Version::V2 => vec![("", "memory.max", memory.to_string()), ("", "cpu.max", format!("{quota} {PERIOD}"))],
+        };
+        for (controller, file, value) in limits {
+            let dir = Path::new(ROOT).join(controller).join(self.parent.trim_start_matches('/'));
+            let failed = |path: &Path| {
+                let path = path.to_owned();
+                move |source| CgroupError { path, source }
+            };
+            std::fs::create_dir_all(&dir).map_err(failed(&dir))?;
+            let path = dir.join(file);
+            std::fs::write(&path, value).map_err(failed(&path))?;
+        }
+        Ok(())
     }
 
     /// Whether the kernel killed a process of the bot for memory since its cgroup was made. The cgroup outlives the

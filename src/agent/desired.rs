@@ -45,7 +45,12 @@ pub enum Goal {
     /// A process, running or paused.
     Alive(Box<Alive>),
     /// The spec can't be run here. What runs, runs on.
-    Refused(Refusal),
+    Refused {
+        /// Between TERM and KILL, where a stop is under way already.
+        grace: Duration,
+        /// Why.
+        refusal: Refusal,
+    },
 }
 
 /// How a process is to be.
@@ -67,6 +72,8 @@ pub struct Alive {
     pub pull_policy: ImagePullPolicy,
     /// How it is connected.
     pub network: NetworkMode,
+    /// Whether the environment tells the bot's address, so that it must be known before the container is written.
+    pub address_in_env: bool,
     /// The spec itself, for making the OCI spec.
     pub spec: BotContainerSpec,
 }
@@ -106,7 +113,7 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
     } else {
         match alive(spec, grace) {
             Ok(alive) => Goal::Alive(Box::new(alive)),
-            Err(refusal) => Goal::Refused(refusal),
+            Err(refusal) => Goal::Refused { grace, refusal },
         }
     };
     let bot_id = bot
@@ -143,6 +150,10 @@ fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
         pull_policy: spec.image_pull_policy.unwrap_or_else(|| image.default_pull_policy()),
         image,
         network: spec.network.mode,
+        address_in_env: spec.env.iter().any(|variable| {
+            let field = variable.value_from.as_ref().and_then(|from| from.field_ref.as_ref());
+            field.is_some_and(|field| field.field_path.starts_with("status.podIP"))
+        }),
         spec: spec.clone(),
     })
 }

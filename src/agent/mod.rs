@@ -19,7 +19,8 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs
-//! node.rs    BotNode and Lease          sweep.rs   what nobody owns
+//! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! failpoint.rs   where tests make the agent die
 //! ```
 //!
 //! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The
@@ -31,6 +32,8 @@ pub mod bundle;
 pub mod cgroup;
 pub mod cost;
 pub mod desired;
+pub mod disk;
+pub mod failpoint;
 pub mod labels;
 pub mod metrics;
 pub mod node;
@@ -111,8 +114,16 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
     ensure_namespace(&containerd, &stop).await;
 
-    let machine = crate::oci::NodeFacts::read().context("this machine can't run bots")?;
+    let mut machine = crate::oci::NodeFacts::read().context("this machine can't run bots")?;
+    machine.default_pids_limit = Some(args.default_pids_limit);
     let cgroups = Cgroups::detect(&args.cgroup_parent);
+    let (cpu, memory) = args
+        .cgroup_limits(machine.memory_bytes)
+        .context("--capacity-cpu or --capacity-memory is no quantity; use for example 4 or 500m, and 8Gi")?;
+    if let Err(error) = cgroups.ensure_parent(cpu, memory) {
+        // Bots run without it, each within its own limits.
+        tracing::error!(error = %chain(&error), "bots are not limited to the node's capacity in all");
+    }
     let runtimes = args.runtimes();
     let facts = NodeFacts {
         name: args.node_name.clone(),
@@ -133,7 +144,8 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let bundle_options = args.bundle_options(&facts, runtimes);
     let files_dir = bundle_options.files_dir.clone();
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
-    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts));
+    let (room_sender, room) = watch::channel(None);
+    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room));
 
     // The rules of the network follow the node's CIDR.
     let (cidr_sender, cidr) = watch::channel(None);
@@ -179,6 +191,20 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         metrics: metrics.clone(),
         stop: stop.clone(),
     });
+    {
+        let (shared, containerd, stop) = (shared.clone(), containerd.clone(), stop.clone());
+        tasks.spawn(async move {
+            disk::keep(shared, containerd, room_sender, stop).await;
+            Ok(())
+        });
+    }
+    {
+        let (output, stop) = (output.clone(), stop.clone());
+        tasks.spawn(async move {
+            keep_logger(output, stop).await;
+            Ok(())
+        });
+    }
     let (event_sender, mut events) = mpsc::channel::<BotUid>(1024);
     {
         let (containerd, stop) = (containerd.clone(), stop.clone());
@@ -377,6 +403,19 @@ async fn keep_rules(
         tokio::select! {
             changed = cidr.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(run::jittered(wait)) => {}
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+/// Heals the loggers where both of the pair were killed: a bot must not wait for its own next look to be drained again.
+async fn keep_logger(output: Output, stop: CancellationToken) {
+    loop {
+        if let Err(error) = output.attach().await {
+            tracing::warn!(error = %chain(&error), "the logger of bots' output is not there; tried again");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(run::jittered(Duration::from_secs(5))) => {}
             () = stop.cancelled() => return,
         }
     }

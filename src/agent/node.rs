@@ -22,10 +22,15 @@ use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE};
 use crate::containerd::{CallContext, CallFailed, Containerd};
 use crate::network::Cidr;
 
+use super::disk::Room;
+
 /// The Lease is renewed so often, and counts for four times as long, as kubelet's.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
 /// See [`RENEW_EVERY`]. Seconds.
 pub const LEASE_SECONDS: i32 = 40;
+
+/// How often a write of the BotNode's status is computed anew in a row, when somebody else wrote in between.
+const CONFLICTS: usize = 3;
 
 /// The oldest runtime versions without a known escape that Berth is documented for: FAULTS.md, rule 14.
 const FLOOR_CONTAINERD: [u64; 3] = [1, 6, 0];
@@ -78,12 +83,13 @@ pub struct Registration {
     client: Client,
     containerd: Containerd,
     facts: NodeFacts,
+    room: watch::Receiver<Option<Room>>,
 }
 
 impl Registration {
-    /// Of the node that `facts` speak of.
-    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts) -> Self {
-        Self { client, containerd, facts }
+    /// Of the node that `facts` speak of; `room` tells of its disk, once that was looked at.
+    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts, room: watch::Receiver<Option<Room>>) -> Self {
+        Self { client, containerd, facts, room }
     }
 
     fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
@@ -131,13 +137,21 @@ impl Registration {
             plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
         snapshotters.sort();
         let supported = unsupported(&versions);
-        let conditions = vec![
+        let mut conditions = vec![
             node_condition(live, "Ready", true, Reason::AgentReady, "the agent serves its node"),
             match supported {
                 None => node_condition(live, "RuntimeSupported", true, Reason::Supported, "no known escape"),
                 Some(why) => node_condition(live, "RuntimeSupported", false, Reason::Unsupported, &why),
             },
         ];
+        // Not said before it was measured. The numbers change all the time, so they are no part of the message.
+        if let Some(room) = *self.room.borrow() {
+            let (reason, message) = match room.is_pressed() {
+                true => (Reason::DiskPressure, "the file system below containerd's snapshots is nearly full"),
+                false => (Reason::DiskOk, "the file system below containerd's snapshots has room"),
+            };
+            conditions.push(node_condition(live, "DiskPressure", room.is_pressed(), reason, message));
+        }
         Ok(BotNodeStatus {
             versions: Some(versions),
             snapshotters,
@@ -151,12 +165,21 @@ impl Registration {
 
     /// Brings the BotNode's status up to what is there. Writes only a difference.
     async fn publish(&self) -> Result<(), NodeError> {
-        let live = self.ensure().await?;
-        let status = self.observe(live.status.as_ref()).await?;
-        if live.status.as_ref() == Some(&status) {
-            return Ok(());
+        // The controller writes the CIDR at about the same time as we write the first status.
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let live = self.ensure().await?;
+            let status = self.observe(live.status.as_ref()).await?;
+            if live.status.as_ref() == Some(&status) {
+                return Ok(());
+            }
+            match self.apply(&live, &status).await {
+                Err(NodeError::Api { source, .. })
+                    if tries < CONFLICTS && matches!(&*source, kube::Error::Api(s) if s.is_conflict()) => {}
+                done => return done,
+            }
         }
-        self.apply(&live, &status).await
     }
 
     async fn apply(&self, live: &BotNode, status: &BotNodeStatus) -> Result<(), NodeError> {

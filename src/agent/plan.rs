@@ -5,7 +5,9 @@
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
 //! alive     an end to note? -> Reap / RecordLost
 //!           task live, spec changed -> Stop .. Kill -> Reap
-//!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> StartAttempt      -> Settled(Running)
+//!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> CreateTask -> StartAttempt
+//!                                                                                                   -> Settled(Running)
+//! refused   an end to note? an order to carry out? a logger to mend? else as it is                  -> Settled(Refused)
 //! ```
 //!
 //! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
@@ -97,21 +99,31 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Goal::Stopped { grace } => {
             take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
         }
-        Goal::Refused(refusal) => Next::settled(State::Refused(refusal.clone())),
+        Goal::Refused { grace, refusal } => record
+            .and_then(|record| leave_alone(record, observed, *grace, now))
+            .unwrap_or_else(|| Next::settled(State::Refused(refusal.clone()))),
         Goal::Alive(alive) => keep_alive(alive, record, observed, now),
+    }
+}
+
+/// Neither up nor down: what ended is noted, what was ordered is carried out, and output is drained. `None` else.
+fn leave_alone(record: &Record, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
+    match observed.task {
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
+        Task::Absent | Task::Created => None,
+        task if record.stop_ordered.is_some() => Some(stop(record, task, grace, now)),
+        // A process that nobody drains stands still at its next write.
+        _ if observed.output != Output::Drained => {
+            Some(Next::Do(Step::Prepare(Parts { output: true, ..Parts::default() })))
+        }
+        _ => None,
     }
 }
 
 /// Towards no task. `None` once there is none and its end is noted.
 fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
-    let Some(record) = record else {
-        // A task without a container is not possible in containerd; one that we can't explain is ended.
-        return match observed.task {
-            Task::Absent => None,
-            Task::Stopped { .. } => Some(Next::Do(Step::Reap)),
-            _ => Some(Next::Do(Step::Kill)),
-        };
-    };
+    let Some(record) = record else { return unexplained(observed.task) };
     match observed.task {
         Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
         Task::Absent => None,
@@ -122,16 +134,26 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
     }
 }
 
+/// containerd shows no task without a container; one that it shows all the same is ended, since nobody knows what it is.
+fn unexplained(task: Task) -> Option<Next> {
+    match task {
+        Task::Absent => None,
+        Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Created | Task::Running { .. } | Task::Paused { .. } => Some(Next::Do(Step::Kill)),
+    }
+}
+
 /// TERM, then KILL when the grace period is over.
 fn stop(record: &Record, task: Task, grace: Duration, now: Timestamp) -> Next {
-    let Some(ordered) = record.stop_ordered else { return Next::Do(Step::Stop) };
+    // An order from the future means that the clock was set back. How long ago it was can't be told, and to reckon from
+    // now at each look would put the end off for ever: it is given again, which notes a time of the new clock.
+    let ordered = record.stop_ordered.filter(|at| record.stop_sent && *at <= now);
+    let Some(ordered) = ordered else { return Next::Do(Step::Stop) };
     // A frozen process answers no signal, and on cgroup v1 not even KILL (runc #3134): it is thawed first.
     if matches!(task, Task::Paused { .. }) {
         return Next::Do(Step::Resume);
     }
-    // An order from the future means that the clock was set back; it must not wait longer than the grace period.
-    let deadline =
-        ordered.saturating_add(grace).unwrap_or(Timestamp::MAX).min(now.saturating_add(grace).unwrap_or(now));
+    let deadline = ordered.saturating_add(grace).unwrap_or(Timestamp::MAX);
     if now < deadline {
         return Next::Settled { state: State::Stopping, until: Some(deadline) };
     }
@@ -156,9 +178,9 @@ fn kill(record: &Record, now: Timestamp) -> Next {
 
 fn stopped(record: Option<&Record>, observed: &Observed) -> Next {
     let unwanted = Parts {
-        layer: false,
         network: observed.network != Attached::Absent,
         output: observed.output != Output::Absent,
+        ..Parts::default()
     };
     if unwanted.any() {
         return Next::Do(Step::Remove(unwanted));
@@ -174,6 +196,7 @@ fn remove_all(observed: &Observed) -> Next {
         layer: observed.layer.is_some(),
         network: observed.network != Attached::Absent,
         output: observed.output != Output::Absent,
+        ..Parts::default()
     };
     if left.any() {
         return Next::Do(Step::Remove(left));
@@ -186,10 +209,7 @@ fn remove_all(observed: &Observed) -> Next {
 
 fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: Timestamp) -> Next {
     let Some(record) = record else {
-        if observed.task != Task::Absent {
-            return Next::Do(Step::Kill);
-        }
-        return build_up(alive, None, observed);
+        return unexplained(observed.task).unwrap_or_else(|| build_up(alive, None, observed));
     };
     let changed = record.hash != alive.hash;
     let image_changed = record.image != alive.image.to_string();
@@ -204,9 +224,12 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
         },
         Task::Created => {
             let stale = changed || record.spec_for != record.next_attempt() || observed.output != Output::Drained;
-            if stale || alive.paused || record.stop_ordered.is_some() {
-                // Made from what is no longer asked, or with nobody to drain it; it never ran.
+            if stale || alive.paused || record.stop_ordered.is_some() || !has_namespace(alive, observed) {
+                // Made from what is no longer asked, in a namespace that has to go, or with nobody to drain it; it never
+                // ran.
                 kill(record, now)
+            } else if !is_connected(alive, observed) {
+                Next::Do(Step::CreateTask { connect: true })
             } else {
                 Next::Do(Step::StartAttempt)
             }
@@ -217,10 +240,13 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
                 // An order once given is carried out: the process may be half-way down already.
                 return stop(record, task, alive.grace, now);
             }
-            if changed && frozen && alive.paused {
+            // Never down for what can't come up again: a change of the image, which this agent can't do, holds up the
+            // restart that another change needs.
+            let restart = changed && !image_changed;
+            if restart && frozen && alive.paused {
                 return Next::settled(State::RestartPending);
             }
-            if changed {
+            if restart {
                 return stop(record, task, alive.grace, now);
             }
             if observed.output != Output::Drained {
@@ -255,9 +281,9 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     if !again {
         // The network of a bot that will not run again is freed; its files and its record stay.
         let unwanted = Parts {
-            layer: false,
             network: observed.network != Attached::Absent,
             output: observed.output != Output::Absent,
+            ..Parts::default()
         };
         if unwanted.any() {
             return Next::Do(Step::Remove(unwanted));
@@ -266,9 +292,10 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     }
     let wait = backoff(record.failures);
     let since = record.last.as_ref().map_or(now, |last| last.finished_at);
-    // A clock that was set back must not make a wait longer than the back-off itself.
-    let at = since.saturating_add(wait).unwrap_or(now).min(now.saturating_add(wait).unwrap_or(now));
-    if now < at {
+    let at = since.saturating_add(wait).unwrap_or(now);
+    // An end in the future means that the clock was set back. To wait from now at each look would be to wait for ever:
+    // one start comes early instead, and its end has a time of the new clock.
+    if since <= now && now < at {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
     if record.image != alive.image.to_string() {
@@ -277,13 +304,28 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     build_up(alive, Some(record), observed)
 }
 
+/// Whether the network namespace is there that the process is to be in.
+fn has_namespace(alive: &Alive, observed: &Observed) -> bool {
+    alive.network == NetworkMode::Host || matches!(observed.network, Attached::Ready { .. })
+}
+
+/// Whether the network is all that was asked for.
+fn is_connected(alive: &Alive, observed: &Observed) -> bool {
+    match (alive.network, &observed.network) {
+        (NetworkMode::Host, _) => true,
+        (NetworkMode::None, network) => matches!(network, Attached::Ready { .. }),
+        (NetworkMode::Bridge, network) => matches!(network, Attached::Ready { ips } if !ips.is_empty()),
+    }
+}
+
 /// Towards a task, from none.
 fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next {
+    // The namespace first: shim and runc need no more, and take longer than the addresses, which come beside them.
+    let first = if alive.address_in_env { is_connected(alive, observed) } else { has_namespace(alive, observed) };
     let missing = Parts {
         layer: observed.layer.is_none(),
-        network: alive.network != NetworkMode::Host
-            && !alive.paused
-            && !matches!(observed.network, Attached::Ready { .. }),
+        namespace: !alive.paused && !first && !alive.address_in_env,
+        network: !alive.paused && !first && alive.address_in_env,
         output: !alive.paused && observed.output != Output::Drained,
     };
     if missing.any() {
@@ -298,10 +340,13 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
             if record.hash == alive.hash
                 && record.limits == alive.limits
                 && record.spec_for == record.next_attempt()
+                && observed.layer.as_ref().is_some_and(|layer| record.stands_on(layer))
                 && observed.files
+                // An order to a task that never ran outlives it, and would kill the next one as well.
+                && record.stop_ordered.is_none()
                 && !alive.paused =>
         {
-            Next::Do(Step::StartAttempt)
+            Next::Do(Step::CreateTask { connect: !is_connected(alive, observed) })
         }
         _ => Next::Do(Step::WriteContainer),
     }

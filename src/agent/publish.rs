@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
 use crate::api::{AGENT, BotContainer, BotContainerStatus};
 
+use super::failpoint::{Effect, around};
 use super::status::says;
 
 /// Writes statuses and Events of bots.
@@ -61,7 +62,7 @@ impl Publisher {
             "status": status,
         });
         let params = PatchParams::apply(AGENT).force();
-        match api.patch_status(&name, &params, &Patch::Apply(&patch)).await {
+        match around(Effect::StatusWrite, api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
             Ok(newest) => Ok(Some(newest)),
             Err(source) => Err(PublishFailed { namespace, name, source: Box::new(source) }),
         }
@@ -77,7 +78,7 @@ impl Publisher {
             secondary: None,
         };
         let reference: ObjectReference = bot.object_ref(&());
-        if let Err(error) = self.recorder.publish(&event, &reference).await {
+        if let Err(error) = around(Effect::StatusEvent, self.recorder.publish(&event, &reference)).await {
             tracing::warn!(%reason, note, error = %chain(&error), "Event not written");
         }
     }

@@ -7,6 +7,8 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::observe::Layer;
+
 /// The agent's note on a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -39,8 +41,11 @@ pub struct Record {
     pub attempt: u64,
     /// Where that attempt stands.
     pub life: Life,
-    /// TERM was sent to that attempt at our wish.
+    /// When that attempt was last to be stopped at our wish: the grace period counts from here.
     pub stop_ordered: Option<Timestamp>,
+    /// The stop signal went out after that order. Noted after it: an agent that dies between the two sends it again.
+    #[serde(default)]
+    pub stop_sent: bool,
     /// When KILL was last sent to it.
     pub kill_ordered: Option<Timestamp>,
     /// Attempts in a row that ended by themselves; decides the back-off.
@@ -119,8 +124,13 @@ impl Record {
     pub fn next_attempt(&self) -> u64 {
         match self.life {
             Life::Started { .. } => self.attempt,
-            Life::Fresh | Life::Ended => self.attempt + 1,
+            Life::Fresh | Life::Ended => self.attempt.saturating_add(1),
         }
+    }
+
+    /// Whether the container was made for this layer, and not for one that was there before.
+    pub fn stands_on(&self, layer: &Layer) -> bool {
+        (&self.layer, &self.image, &self.digest) == (&layer.key, &layer.image, &layer.digest)
     }
 
     /// The record after the next attempt was marked as started.
@@ -128,11 +138,12 @@ impl Record {
         if let Life::Started { .. } = self.life {
             return self.clone();
         }
-        let restarts = self.restarts + u64::from(self.life == Life::Ended);
+        let restarts = self.restarts.saturating_add(u64::from(self.life == Life::Ended));
         Self {
-            attempt: self.attempt + 1,
+            attempt: self.attempt.saturating_add(1),
             life: Life::Started { at },
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             restarts,
             ..self.clone()
@@ -151,7 +162,15 @@ impl Record {
             let ran = ending.started_at.map_or(SignedDuration::ZERO, |start| ending.finished_at.duration_since(start));
             (Life::Ended, if ran >= BACKOFF_RESET { 1 } else { self.failures.saturating_add(1) })
         };
-        Self { life, failures, last: Some(ending), stop_ordered: None, kill_ordered: None, ..self.clone() }
+        Self {
+            life,
+            failures,
+            last: Some(ending),
+            stop_ordered: None,
+            stop_sent: false,
+            kill_ordered: None,
+            ..self.clone()
+        }
     }
 
     /// The record after an end by itself was settled: the next start asks no restart policy and waits for nothing.
@@ -196,6 +215,7 @@ mod tests {
             attempt: 0,
             life: Life::Fresh,
             stop_ordered: None,
+            stop_sent: false,
             kill_ordered: None,
             failures: 0,
             restarts: 0,

@@ -195,6 +195,9 @@ fn judge(
         Task::Paused { .. } => Phase::Paused,
         _ => Phase::Failed,
     };
+    if let (Goal::Refused { refusal, .. }, Next::Do(Step::Reap | Step::RecordLost)) = (&desired.goal, next) {
+        return Verdict::stalled(phase_of_task, refusal.reason, &refusal.message);
+    }
     match next {
         Next::Do(step) => match step {
             Step::Stop | Step::Kill => {
@@ -319,7 +322,7 @@ fn image_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>
         Some(trouble) if is_image(trouble.reason) => (Some(false), trouble.reason, trouble.message.clone()),
         _ => match &desired.goal {
             Goal::Alive(alive) => (Some(false), Reason::Pulling, format!("{} is being pulled", alive.image)),
-            Goal::Refused(refusal) if is_image(refusal.reason) => {
+            Goal::Refused { refusal, .. } if is_image(refusal.reason) => {
                 (Some(false), refusal.reason, refusal.message.clone())
             }
             _ => (Some(false), Reason::Stopped, "no image is needed while the bot has no layer and is stopped".into()),
@@ -352,11 +355,13 @@ fn network_ready(desired: &Desired, observed: &Observed, trouble: Option<&Troubl
         return (Some(true), Reason::NetworkReady, "the bot uses its node's network".into());
     }
     match &observed.network {
-        Attached::Ready { ips } if ips.is_empty() => {
+        Attached::Ready { ips } if ips.is_empty() && mode == Some(NetworkMode::None) => {
             (Some(true), Reason::NoNetwork, "network.mode None: loopback only".into())
         }
-        Attached::Ready { .. } => (Some(true), Reason::NetworkReady, "the bot's network is set up".into()),
-        Attached::Absent | Attached::Partial => match trouble {
+        Attached::Ready { ips } if !ips.is_empty() => {
+            (Some(true), Reason::NetworkReady, "the bot's network is set up".into())
+        }
+        Attached::Absent | Attached::Partial | Attached::Ready { .. } => match trouble {
             Some(trouble)
                 if matches!(
                     trouble.reason,

@@ -14,9 +14,16 @@ pub enum Step {
     /// Read Secrets and ConfigMaps, make the OCI spec, and create or update the container with it and the record, in one
     /// call of containerd. Cut off: the container is as before or as wanted; mounted files are written anew next time.
     WriteContainer,
-    /// Create the task, mark the attempt as started, start it. Cut off before the mark: a task in state created, which
-    /// the next `StartAttempt` starts. Cut off after it: that task is started, or, when it is gone, the attempt counts
-    /// as ended (`RecordLost`) and is not run twice.
+    /// Create the task, which starts shim and runc but not the process, and side by side connect its network where that
+    /// is not done. Cut off: a task in state created, or none, and a network that is whole, not begun, or half-made; with
+    /// a half-made one the task is killed, since it holds the namespace that has to go.
+    CreateTask {
+        /// Whether the network is to be connected.
+        connect: bool,
+    },
+    /// Tell the hosts file the address, mark the attempt as started, start the created task. Cut off before the mark: the
+    /// next `StartAttempt` does it all. Cut off after it: that task is started, or, when it is gone, the attempt counts as
+    /// ended (`RecordLost`) and is not run twice.
     StartAttempt,
     /// Freeze the process. Cut off: frozen or not, seen at the next look.
     Pause,
@@ -24,12 +31,14 @@ pub enum Step {
     Resume,
     /// Give the running task its new limits, then note them in the record. Cut off: done again.
     UpdateLimits,
-    /// Note the order, then send the stop signal, then thaw where it was paused. Cut off: sent again.
+    /// Note the order, then send the stop signal, then thaw where it was paused, then note that it was sent. Cut off: sent
+    /// again, and the grace period begins again; nothing is killed that was not asked to end.
     Stop,
     /// Note the order, send KILL to all processes, thaw. Cut off: sent again.
     Kill,
     /// Note how the process ended in the record, then delete the task. Cut off between: the end is noted already, the
-    /// next `Reap` only deletes.
+    /// next `Reap` only deletes. Where containerd can't say how the process is, only delete, which is refused while it
+    /// lives: nothing is noted that was not seen.
     Reap,
     /// The attempt was marked as started and its task is gone: note that it ended.
     RecordLost,
@@ -48,6 +57,8 @@ pub enum Step {
 pub struct Parts {
     /// The writable layer.
     pub layer: bool,
+    /// The network namespace, with loopback only. Made alone; it is removed with the network.
+    pub namespace: bool,
     /// Network namespace and addresses.
     pub network: bool,
     /// FIFOs and logger.
@@ -57,7 +68,7 @@ pub struct Parts {
 impl Parts {
     /// Whether there is anything to do.
     pub fn any(self) -> bool {
-        self.layer || self.network || self.output
+        self.layer || self.namespace || self.network || self.output
     }
 }
 
@@ -67,6 +78,7 @@ impl Step {
         match self {
             Self::Prepare(_) => "prepare",
             Self::WriteContainer => "write_container",
+            Self::CreateTask { .. } => "create_task",
             Self::StartAttempt => "start_attempt",
             Self::Pause => "pause",
             Self::Resume => "resume",

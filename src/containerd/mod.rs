@@ -59,10 +59,10 @@ impl CallFailed {
         self.status.code() == Code::AlreadyExists
     }
 
-    /// Whether containerd itself was away: nothing is known of the call's effect.
+    /// Whether containerd itself was away: nothing is known of the call's effect. A status that containerd sent has no
+    /// source; one that our side made of a broken connection or a deadline has.
     pub fn is_unavailable(&self) -> bool {
-        matches!(self.status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled)
-            && (self.status.message().contains("transport") || self.status.code() == Code::Unavailable)
+        self.status.code() == Code::Unavailable || std::error::Error::source(&*self.status).is_some()
     }
 }
 

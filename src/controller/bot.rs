@@ -25,8 +25,8 @@ use super::{Context, Name, Next};
 /// A message that alone changed is written at most this often: what is free on a node changes with every other bot.
 const REPHRASE: Duration = Duration::from_secs(30);
 
-/// After the agent took a claim back, it is left alone for so long, even if its Lease stays away: two writers that
-/// disagree must not fill the API server.
+/// After the agent took a claim back, it is left alone for so long in the same outage, even if its Lease stays away: two
+/// writers that disagree must not fill the API server.
 const RECLAIM: Duration = Duration::from_secs(40);
 
 /// What a decision is made from.
@@ -220,15 +220,15 @@ async fn apply(
                 Claim::Unknown { reason, message } if !claimed(&bot) => Some((*reason, message.clone())),
                 _ => None,
             };
-            if news.is_some()
-                && let Some(at) = context.world().claim_at(name, now, RECLAIM)
+            if let Some((_, words)) = &news
+                && let Some(at) = context.world().claim_at(name, words, now, RECLAIM)
             {
                 return Ok(Next::At(at));
             }
             let wanted = Wanted::Bound { node, bot_id: bot_id(&bot), claim };
             let written = say(context, &bot, &wanted, "status").await?;
             if let (true, Some((reason, message))) = (written, news) {
-                context.world().claimed(name, now);
+                context.world().claimed(name, message.clone(), now);
                 context.events.send(Note::warning(bot.object_ref(&()), reason, "Watch", message.clone(), message));
             }
             Ok(Next::Resync)

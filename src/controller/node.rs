@@ -138,13 +138,14 @@ pub fn candidate(
     let empty = Default::default();
     let status = bot_node.status.as_ref().unwrap_or(&empty);
     let ready = status.conditions.iter().find(|c| c.type_ == "Ready");
+    let pressed = status.conditions.iter().any(|c| c.type_ == "DiskPressure" && c.status == "True");
     let not_ready = if bot_node.metadata.deletion_timestamp.is_some() {
         Some("its BotNode is being deleted".to_owned())
     } else {
         match (beat, ready) {
             (None, _) => Some("it has no Lease".to_owned()),
             (Some(beat), ready) => beat.doubt(now, wall).or_else(|| match ready {
-                Some(c) if c.status == "True" => None,
+                Some(c) if c.status == "True" => pressed.then(|| "DiskPressure is True".to_owned()),
                 Some(c) => Some(format!("Ready is {}: {}", c.status, c.reason)),
                 None => Some("its agent has not reported Ready".to_owned()),
             }),

@@ -21,7 +21,7 @@ use super::world::World;
 use super::{Context, Key, Name};
 
 /// A kind that the world keeps.
-pub trait Kept: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static {
+pub trait Kept: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + Sync + 'static {
     /// One was seen; `live`: by the watch, not in a list.
     fn seen(self, world: &mut World, live: bool, now: Instant) -> Vec<Key>;
     /// One is gone; with `uid`, only if it is that one.
@@ -67,10 +67,7 @@ kept!(
 kept!(RuntimeClass, |o, w, _live, _now| w.saw_class(o), |w, name, _uid, _now| w.class_gone(&name.name), class_names);
 
 /// Watches a kind for ever; counts itself into `synced` after its first complete list.
-pub async fn watch<K>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>)
-where
-    K: Kept + Sync,
-{
+pub async fn watch<K: Kept>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>) {
     // Leases have no namespace in the world: a node has one name.
     let by_namespace = kind != "Lease";
     let name_of = |object: &K| Name {

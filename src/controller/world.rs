@@ -56,7 +56,8 @@ pub struct World {
     candidates: BTreeMap<String, Candidate>,
     classes: HashMap<String, RuntimeClass>,
     rephrased: HashMap<Name, Instant>,
-    claims: HashMap<Name, Instant>,
+    /// Which outage a bot was last claimed for, in words, and when.
+    claims: HashMap<Name, (String, Instant)>,
 }
 
 fn name_of(object: &impl ResourceExt) -> Name {
@@ -272,14 +273,15 @@ impl World {
         self.rephrased.insert(name.clone(), now);
     }
 
-    /// When a bot may be claimed again; `None`: now.
-    pub fn claim_at(&self, name: &Name, now: Instant, every: Duration) -> Option<Instant> {
-        self.claims.get(name).map(|at| *at + every).filter(|at| *at > now)
+    /// When a bot may be claimed again in these words, which name the outage; `None`: now.
+    pub fn claim_at(&self, name: &Name, words: &str, now: Instant, every: Duration) -> Option<Instant> {
+        let (said, at) = self.claims.get(name)?;
+        (said == words).then(|| *at + every).filter(|at| *at > now)
     }
 
     /// A claim was written.
-    pub fn claimed(&mut self, name: &Name, now: Instant) {
-        self.claims.insert(name.clone(), now);
+    pub fn claimed(&mut self, name: &Name, words: String, now: Instant) {
+        self.claims.insert(name.clone(), (words, now));
     }
 
     // --- records and snapshots

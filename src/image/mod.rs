@@ -124,6 +124,28 @@ struct Inner {
     platform: manifest::Platform,
     turns: store::Turns,
     uses: collect::Uses,
+    configs: Configs,
+}
+
+/// The run configs of the images last seen, by the digest that was asked for.
+#[derive(Default)]
+struct Configs(Mutex<HashMap<Digest, RunConfig>>);
+
+impl Configs {
+    /// How many are kept: a node runs bots of few images, and a hostile config may have megabytes.
+    const MOST: usize = 16;
+
+    fn get(&self, digest: &Digest) -> Option<RunConfig> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(digest).cloned()
+    }
+
+    fn put(&self, digest: &Digest, config: &RunConfig) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= Self::MOST && !kept.contains_key(digest) {
+            kept.clear();
+        }
+        kept.insert(digest.clone(), config.clone());
+    }
 }
 
 impl Images {
@@ -136,6 +158,7 @@ impl Images {
             platform: manifest::Platform::host(),
             turns: store::Turns::default(),
             uses: collect::Uses::default(),
+            configs: Configs::default(),
         };
         Self { inner: Arc::new(inner), flights: Arc::default() }
     }
@@ -145,18 +168,19 @@ impl Images {
         self.inner.find(reference, snapshotter).await
     }
 
-    /// The image that a digest names, if it is on the node, whatever the reference names by now. `None` also for a text
-    /// that is no digest.
-    pub async fn at(
+    /// How the image that a digest names wants to be run, whatever the reference names by now. `None` when it is no longer
+    /// on the node, and for a text that is no digest. What a digest names never changes, so the last answers are kept.
+    pub async fn run_config(
         &self,
         reference: &Reference,
         digest: &str,
         snapshotter: &str,
-    ) -> Result<Option<Image>, ImageError> {
-        match Digest::parse(digest) {
-            Some(digest) => self.inner.whole(reference, &digest, snapshotter).await,
-            None => Ok(None),
+    ) -> Result<Option<RunConfig>, ImageError> {
+        let Some(digest) = Digest::parse(digest) else { return Ok(None) };
+        if let Some(config) = self.inner.configs.get(&digest) {
+            return Ok(Some(config));
         }
+        Ok(self.inner.whole(reference, &digest, snapshotter).await?.map(|image| image.config))
     }
 
     /// Asks the registry what the reference is now, and brings what is missing of it. Where nothing is, this costs one

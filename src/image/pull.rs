@@ -98,6 +98,7 @@ impl Inner {
             return Ok(None);
         }
         self.uses.touch(target);
+        self.configs.put(target, &config.run);
         Ok(Some(Image {
             reference: reference.to_string(),
             digest: target.to_string(),
@@ -298,6 +299,7 @@ impl Pull<'_> {
             store.set_record(&name, &target).await.map_err(|e| self.runtime(e))?;
         }
         self.inner.uses.touch(&target.digest);
+        self.inner.configs.put(&target.digest, &config.run);
         Ok(Image {
             reference: self.reference.to_string(),
             digest: target.digest.to_string(),

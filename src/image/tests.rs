@@ -343,7 +343,7 @@ async fn containerd_killed_in_fetch_and_in_unpack_is_said_so_and_survived() {
         }
         node.kill();
         registry.content().faults.clear();
-        let error = tokio::time::timeout(Duration::from_secs(30), pulled).await.unwrap().unwrap().unwrap_err();
+        let error = tokio::time::timeout(Duration::from_secs(120), pulled).await.unwrap().unwrap().unwrap_err();
         assert_eq!(error.reason(), Reason::RuntimeUnavailable, "{tag}: {}", chain(&error));
         let error = images.find(&reference, SNAPSHOTTER).await.unwrap_err();
         assert_eq!(error.reason(), Reason::RuntimeUnavailable, "{tag}: {}", chain(&error));

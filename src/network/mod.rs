@@ -197,7 +197,8 @@ impl Network {
         self.exclusively(id, move |inner, id| async move { inner.ensure(&id, &owner, cidr).await }).await
     }
 
-    /// Gives a bot a network namespace with nothing but loopback in it (`network.mode: None`). Safe twice.
+    /// Gives a bot a network namespace with nothing but loopback in it: all that `network.mode: None` asks for, and what
+    /// [`Network::ensure`] goes on from. Safe twice.
     pub async fn ensure_loopback_only(&self, id: &ContainerId, owner: &Owner) -> Result<Attachment, NetworkError> {
         let owner = owner.clone();
         self.exclusively(id, move |inner, id| async move { inner.ensure_loopback_only(&id, &owner).await }).await
@@ -329,11 +330,16 @@ impl Inner {
                     return Ok(attachment);
                 }
             }
-            (NetworkState::Absent, _) => return self.attach_or_undo(id, owner, cidr).await,
+            // Made ahead: a process may be in it already, so it must stay the one that it is.
+            (
+                NetworkState::Attached(_),
+                Recorded::Record(Record { owner: same, stage: Stage::Loopback { namespace }, .. }),
+            ) if same == owner => return self.attach_or_undo(id, owner, cidr, Some(*namespace)).await,
+            (NetworkState::Absent, _) => return self.attach_or_undo(id, owner, cidr, None).await,
             (NetworkState::Attached(_) | NetworkState::Partial { .. }, _) => {}
         }
         self.take_down(id, &recorded).await?;
-        self.attach_or_undo(id, owner, cidr).await
+        self.attach_or_undo(id, owner, cidr, None).await
     }
 
     async fn ensure_loopback_only(&self, id: &ContainerId, owner: &Owner) -> Result<Attachment, NetworkError> {
@@ -357,8 +363,14 @@ impl Inner {
         }
     }
 
-    async fn attach_or_undo(&self, id: &ContainerId, owner: &Owner, cidr: Cidr) -> Result<Attachment, NetworkError> {
-        match self.attach(id, owner, cidr).await {
+    async fn attach_or_undo(
+        &self,
+        id: &ContainerId,
+        owner: &Owner,
+        cidr: Cidr,
+        made: Option<Identity>,
+    ) -> Result<Attachment, NetworkError> {
+        match self.attach(id, owner, cidr, made).await {
             Ok(attachment) => Ok(attachment),
             Err(error) => {
                 self.undo(id).await;
@@ -380,12 +392,21 @@ impl Inner {
         }
     }
 
-    /// Namespace, veth and address, record, rules, where nothing of them is.
-    async fn attach(&self, id: &ContainerId, owner: &Owner, cidr: Cidr) -> Result<Attachment, NetworkError> {
+    /// Namespace (unless one was made ahead), veth and address, record, rules, where nothing of them is.
+    async fn attach(
+        &self,
+        id: &ContainerId,
+        owner: &Owner,
+        cidr: Cidr,
+        made: Option<Identity>,
+    ) -> Result<Attachment, NetworkError> {
         let bridge = &self.options.bridge;
         self.write(id, owner, Stage::Adding)?;
         let netns = self.netns(id);
-        let namespace = namespace::create(netns.clone()).await.map_err(namespace_failed("make", &netns))?;
+        let namespace = match made {
+            Some(namespace) => namespace,
+            None => namespace::create(netns.clone()).await.map_err(namespace_failed("make", &netns))?,
+        };
 
         let config = plugin::config(bridge, self.options.mtu, Some(cidr), &self.leases_root);
         let failed = |source| NetworkError::Plugin { id: id.to_string(), source };
@@ -461,7 +482,8 @@ impl Inner {
         if !loopback_only {
             let mounted = namespace::look(&path).map_err(namespace_failed("look at", &path))?;
             let live = matches!(mounted, Mounted::Namespace(_)).then_some(path.as_path());
-            let config = plugin::config(&self.options.bridge, self.options.mtu, None, &self.leases_root);
+            let cidr = self.rules.cidr().await;
+            let config = plugin::config(&self.options.bridge, self.options.mtu, cidr, &self.leases_root);
             let deleted = self.plugins.run(Verb::Del, id, live, &config).await;
             if let Err(error) = &deleted {
                 // The bridge plugin keeps nothing but the veth and the lease, so its work can be done for it, and a bot's

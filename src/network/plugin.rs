@@ -132,11 +132,18 @@ fn words(said: &[u8]) -> String {
 
 /// The configuration that the plugin gets on its standard input. `name` also names host-local's folder in `leases`.
 pub(super) fn config(bridge: &str, mtu: u32, cidr: Option<Cidr>, leases: &Path) -> Value {
-    let mut ipam = json!({"type": "host-local", "dataDir": leases, "routes": [{"dst": "0.0.0.0/0"}]});
-    // DEL finds the lease by the container's id and needs no range.
-    if let Some(cidr) = cidr {
-        ipam["ranges"] = json!([[{"subnet": cidr.to_string(), "gateway": cidr.gateway().to_string()}]]);
-    }
+    // DEL finds the lease by the container's id, but host-local loads no configuration without a range: where the node's is
+    // not known yet, one of RFC 5737 stands in its place.
+    let range = match cidr {
+        Some(cidr) => json!({"subnet": cidr.to_string(), "gateway": cidr.gateway().to_string()}),
+        None => json!({"subnet": "192.0.2.0/24"}),
+    };
+    let ipam = json!({
+        "type": "host-local",
+        "dataDir": leases,
+        "routes": [{"dst": "0.0.0.0/0"}],
+        "ranges": [[range]],
+    });
     json!({
         "cniVersion": SPEC,
         "name": bridge,

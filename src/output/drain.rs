@@ -6,8 +6,7 @@
 //!       ── twin        the other process of the pair died: make it anew (`pair`)
 //! ```
 //!
-//! Every few seconds it looks whether a bot's FIFOs were unlinked behind its back, drains what is left and lets go. No inotify:
-//! the kernel took 50 to 70 ms to let go of one when a drainer died (it waits for its readers), and so long nobody drained.
+//! Every few seconds it looks whether a bot's FIFOs were unlinked behind its back, drains what is left and lets go.
 //!
 //! It keeps no state that is not on disk: which bots there are stands in `RUN_DIR/io`, so a drainer that follows a dead
 //! one begins by reading that folder. What dies with a drainer is what it read and had not written: at most one read

@@ -143,6 +143,8 @@ fn live(settings: &Settings) -> io::Result<&'static str> {
     // SAFETY: children are reaped by the kernel: the drainer may be its keeper's parent or the other way round.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
     let _ = rustix::thread::set_name(PROCESS_NAME);
+    // What the agent's own mask is must not decide who may read logs: files 0640, folders 0750.
+    rustix::process::umask(Mode::from_raw_mode(0o027));
     let mut warning = None;
     if let Some(path) = &settings.cgroup
         && let Err(error) = cgroup::enter(path)

@@ -316,17 +316,7 @@ impl Part {
 
     /// Starts the process and waits until `/readyz` says so.
     async fn start(&mut self) {
-        assert!(self.child.is_none(), "{} runs already", self.name);
-        let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
-        let child = Command::new(BERTH)
-            .arg(self.subcommand)
-            .envs(&self.env)
-            .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.child = Some(child);
+        self.spawn();
         let limit = Instant::now() + SOON;
         loop {
             let answer = get(self.health, "/readyz").await;
@@ -339,6 +329,39 @@ impl Part {
             }
             assert!(Instant::now() < limit, "{} is not ready: {answer:?}\n{}", self.name, tail(&self.log, 30));
             tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Starts the process.
+    fn spawn(&mut self) {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
+        let child = Command::new(BERTH)
+            .arg(self.subcommand)
+            .envs(&self.env)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        self.child = Some(child);
+    }
+
+    /// Waits until it has died of KILL; `None` says that it lives on.
+    async fn killed(&mut self, limit: Duration) -> Option<()> {
+        let limit = Instant::now() + limit;
+        loop {
+            let child = self.child.as_mut().unwrap_or_else(|| panic!("{} does not run", self.name));
+            if let Some(status) = child.try_wait().unwrap() {
+                self.child = None;
+                let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+                assert_eq!(signal, Some(9), "{} ended with {status}\n{}", self.name, tail(&self.log, 30));
+                return Some(());
+            }
+            if Instant::now() > limit {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
 
@@ -460,6 +483,18 @@ impl Agent {
     pub async fn start_again(&mut self, env: &[(&str, &str)]) {
         self.part.env.extend(env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())));
         self.part.start().await;
+    }
+
+    /// Starts it again after `kill_9` or `stop`, with what `env` adds, and does not wait: it may die on its way.
+    pub fn spawn_again(&mut self, env: &[(&str, &str)]) {
+        self.part.env.extend(env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())));
+        self.part.spawn();
+    }
+
+    /// Waits until it has died of KILL, for example at a fail point.
+    pub async fn killed(&mut self, why: impl fmt::Display, limit: Duration) {
+        let killed = self.part.killed(limit).await;
+        assert!(killed.is_some(), "{}: it should have died of {why} within {limit:?}", self.part.name);
     }
 
     /// TERM and start.

@@ -252,7 +252,7 @@ impl Cluster {
         let log = servers.root.join(format!("{}-{port}.log", self.leader));
         let file = std::fs::File::create(&log).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_berth"))
-            .args(["controller", "--log", "info,berth=debug", "--cluster-cidr", "10.208.0.0/20"])
+            .args(["controller", "--log-filter", "info,berth=debug", "--cluster-cidr", "10.208.0.0/20"])
             .args(["--leader-name", &self.leader, "--health-address", &format!("127.0.0.1:{port}")])
             .args(["--leader-lease-seconds", "3", "--leader-renew-seconds", "2", "--leader-retry-seconds", "1"])
             .env("KUBECONFIG", &servers.kubeconfig)
