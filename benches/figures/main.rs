@@ -80,8 +80,10 @@ async fn main() -> anyhow::Result<()> {
     let place = Place::from_env().await?;
     let machine = Machine::read()?;
     let namespace = "bench";
-    let object =
-        Namespace { metadata: ObjectMeta { name: Some(namespace.to_owned()), ..ObjectMeta::default() }, ..Namespace::default() };
+    let object = Namespace {
+        metadata: ObjectMeta { name: Some(namespace.to_owned()), ..ObjectMeta::default() },
+        ..Namespace::default()
+    };
     Api::<Namespace>::all(place.client.clone()).create(&PostParams::default(), &object).await?;
     let bots = Bots::watch(&place.client, namespace, &place.image).await?;
     let ctr = Ctr::new(&place.dir, &place.containerd, &place.image).await?;
@@ -217,7 +219,8 @@ async fn at_rest(place: &Place, bots: &Bots) -> anyhow::Result<Vec<Figure>> {
     bots.burst(&names).await?;
     sleep(QUIET * 2).await;
 
-    let cpu = |parts: &[(u32, Part)]| parts.iter().map(|(pid, _)| machine::cpu_seconds(*pid)).sum::<anyhow::Result<f64>>();
+    let cpu =
+        |parts: &[(u32, Part)]| parts.iter().map(|(pid, _)| machine::cpu_seconds(*pid)).sum::<anyhow::Result<f64>>();
     let parts: Vec<(u32, Part)> = machine::parts(&place.run, &place.binary)?.into_iter().collect();
     let (before, cpu_before, began) = (Writes::read(&place.client).await?, cpu(&parts)?, Instant::now());
     sleep(AT_REST).await;

@@ -32,8 +32,11 @@ impl Writes {
             else {
                 continue;
             };
-            let labels: BTreeMap<&str, &str> =
-                labels.split(',').filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k, v.trim_matches('"'))).collect();
+            let labels: BTreeMap<&str, &str> = labels
+                .split(',')
+                .filter_map(|pair| pair.split_once('='))
+                .map(|(k, v)| (k, v.trim_matches('"')))
+                .collect();
             let label = |name| labels.get(name).copied().unwrap_or_default().to_owned();
             let write = Write {
                 group: label("group"),
