@@ -1,13 +1,15 @@
 //! Places where the agent can be made to die, so that tests can cut off each step before and after each thing it does.
 //!
 //! `BERTH_FAILPOINT=stop.signal.before` kills the agent with SIGKILL when it first comes there, `stop.signal.before:3` the
-//! third time. Only debug builds read it: in a release build [`around`] is the future that it is given, and nothing else.
+//! third time. Only debug builds read it: a release build only tells how long each effect took, in trace lines of this module
+//! (`BERTH_LOG_FILTER=info,berth=trace`), which is where the time of a slow step is looked for.
 //! `tests/e2e_faults.rs` walks [`Effect::ALL`] and fails for a point that was never reached.
 
 use std::fmt;
 use std::future::Future;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
 
 /// What arms a point.
 pub const VARIABLE: &str = "BERTH_FAILPOINT";
@@ -110,10 +112,12 @@ impl Point {
     }
 }
 
-/// Does what `effect` names; dies before or after it where that is armed.
+/// Does what `effect` names, and tells how long it took; dies before or after it where that is armed.
 pub async fn around<T>(effect: Effect, act: impl Future<Output = T>) -> T {
     reach(Point { effect, side: Side::Before });
+    let began = Instant::now();
     let done = act.await;
+    tracing::trace!(effect = effect.name(), took = ?began.elapsed(), "effect");
     reach(Point { effect, side: Side::After });
     done
 }

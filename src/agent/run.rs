@@ -260,8 +260,12 @@ impl BotLoop {
                     return Pass::Wait(None);
                 }
             };
+            let looked = Instant::now();
             let observed = match self.shared.observer.observe(&self.bot.uid, &desired.snapshotter).await {
-                Ok(observed) => observed,
+                Ok(observed) => {
+                    tracing::trace!(bot = %self.bot.name, took = ?looked.elapsed(), "observed");
+                    observed
+                }
                 Err(error) => {
                     // Nothing is known, so nothing is claimed and nothing is done.
                     tracing::warn!(bot = %self.bot.name, namespace = %self.bot.namespace, error = %chain(&error), "can't look");
