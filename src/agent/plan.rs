@@ -291,11 +291,12 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
         return Next::settled(if code == 0 { State::Completed } else { State::Failed });
     }
     let wait = backoff(record.failures);
-    let since = record.last.as_ref().map_or(now, |last| last.finished_at);
-    let at = since.saturating_add(wait).unwrap_or(now);
     // An end in the future means that the clock was set back. To wait from now at each look would be to wait for ever:
     // one start comes early instead, and its end has a time of the new clock.
-    if since <= now && now < at {
+    let since = record.last.as_ref().map(|last| last.finished_at).filter(|at| *at <= now);
+    if let Some(at) = since.and_then(|since| since.saturating_add(wait).ok())
+        && now < at
+    {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
     if record.image != alive.image.to_string() {
