@@ -223,7 +223,10 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
             Life::Fresh => build_up(alive, Some(record), observed),
         },
         Task::Created => {
-            let stale = changed || record.spec_for != record.next_attempt() || observed.output != Output::Drained;
+            let stale = changed
+                || record.spec_for != record.next_attempt()
+                || observed.output != Output::Drained
+                || (record.life == Life::Ended && !restarts(alive, record));
             if stale || alive.paused || record.stop_ordered.is_some() || !has_namespace(alive, observed) {
                 // Made from what is no longer asked, in a namespace that has to go, or with nobody to drain it; it never
                 // ran.
@@ -266,6 +269,15 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
     }
 }
 
+/// Whether an attempt that ended by itself is followed by another.
+fn restarts(alive: &Alive, record: &Record) -> bool {
+    match alive.restart_policy {
+        RestartPolicy::Always => true,
+        RestartPolicy::OnFailure => record.last.as_ref().is_some_and(|last| last.code != 0),
+        RestartPolicy::Never => false,
+    }
+}
+
 /// The last attempt ended by itself: the restart policy decides.
 fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) -> Next {
     let code = record.last.as_ref().map_or(0, |last| last.code);
@@ -273,12 +285,7 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
         let memory_lost = record.last.as_ref().is_some_and(|last| last.reason == "TaskLost");
         return Next::settled(State::Paused { kept: Kept::Files, memory_lost });
     }
-    let again = match alive.restart_policy {
-        RestartPolicy::Always => true,
-        RestartPolicy::OnFailure => code != 0,
-        RestartPolicy::Never => false,
-    };
-    if !again {
+    if !restarts(alive, record) {
         // The network of a bot that will not run again is freed; its files and its record stay.
         let unwanted = Parts {
             network: observed.network != Attached::Absent,
@@ -291,11 +298,12 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
         return Next::settled(if code == 0 { State::Completed } else { State::Failed });
     }
     let wait = backoff(record.failures);
-    let since = record.last.as_ref().map_or(now, |last| last.finished_at);
-    let at = since.saturating_add(wait).unwrap_or(now);
     // An end in the future means that the clock was set back. To wait from now at each look would be to wait for ever:
     // one start comes early instead, and its end has a time of the new clock.
-    if since <= now && now < at {
+    let since = record.last.as_ref().map(|last| last.finished_at).filter(|at| *at <= now);
+    if let Some(at) = since.and_then(|since| since.saturating_add(wait).ok())
+        && now < at
+    {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
     if record.image != alive.image.to_string() {

@@ -141,7 +141,7 @@ pub fn report(
     if !gone {
         let (value, reason, message) = image_ready(desired, observed, trouble);
         say(ConditionType::ImageReady, value, reason, &message);
-        let (value, reason, message) = network_ready(desired, observed, trouble);
+        let (value, reason, message) = network_ready(desired, observed, verdict.phase, trouble);
         say(ConditionType::NetworkReady, value, reason, &message);
     }
     if verdict.ready == Some(false) {
@@ -174,6 +174,10 @@ fn judge(
             (_, Some(trouble)) => Verdict::working(Phase::Terminating, trouble.reason, &trouble.message),
             _ => Verdict::working(Phase::Terminating, Reason::Terminating, "the bot is being removed from its node"),
         };
+    }
+    if observed.task == Task::Unknown {
+        let message = trouble.map_or("containerd does not know the state of the process", |trouble| &trouble.message);
+        return Verdict { ready: None, ..Verdict::working(Phase::Unknown, Reason::RuntimeFailed, message) };
     }
     if let Some(trouble) = trouble {
         let phase = match observed.task {
@@ -235,7 +239,8 @@ fn judge(
             State::Paused { memory_lost: true, .. } => Verdict::ready(
                 Phase::Paused,
                 Reason::MemoryLost,
-                "paused as asked, but its process ended while it was frozen: its files are kept, its memory is gone",
+                "paused as asked, but its process was lost (the node restarted, or its shim died): its files are kept, \
+                 its memory is gone",
             ),
             State::Paused { .. } => {
                 Verdict::ready(Phase::Paused, Reason::Paused, "made and not started, as asked; files are kept")
@@ -346,7 +351,12 @@ pub fn is_image(reason: Reason) -> bool {
     )
 }
 
-fn network_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>) -> (Option<bool>, Reason, String) {
+fn network_ready(
+    desired: &Desired,
+    observed: &Observed,
+    phase: Phase,
+    trouble: Option<&Trouble>,
+) -> (Option<bool>, Reason, String) {
     let mode = match &desired.goal {
         Goal::Alive(alive) => Some(alive.network),
         _ => None,
@@ -370,9 +380,16 @@ fn network_ready(desired: &Desired, observed: &Observed, trouble: Option<&Troubl
             {
                 (Some(false), trouble.reason, trouble.message.clone())
             }
-            _ if matches!(desired.goal, Goal::Stopped { .. }) => {
-                (Some(false), Reason::Stopped, "a stopped bot has no network".into())
+            _ if matches!(phase, Phase::Stopped | Phase::Stopping | Phase::Succeeded | Phase::Failed | Phase::Paused)
+                && !matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) =>
+            {
+                (Some(false), Reason::Stopped, "there is no process, so there is no network".into())
             }
+            _ if matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) => (
+                Some(false),
+                Reason::NetworkFailed,
+                "the process runs, but its network is gone from the node; a new spec.restartedAt makes it anew".into(),
+            ),
             _ => (Some(false), Reason::Starting, "the bot's network is not set up".into()),
         },
     }
@@ -405,17 +422,19 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
     // In the order in which they happen: an end belongs to the process before the one that runs now.
     let ended =
         |status: &BotContainerStatus| status.last_termination.as_ref().and_then(|last| last.finished_at.clone());
-    if let Some(last) = new.last_termination.as_ref().filter(|_| ended(old) != ended(new)) {
+    // A restart in place of the process that ran: there was an end, though in the same second as the one before.
+    let replaced = old.task.is_some() && old.restart_count < new.restart_count;
+    if let Some(last) = new.last_termination.as_ref().filter(|_| ended(old) != ended(new) || replaced) {
         let type_ = if last.reason == Reason::OOMKilled.as_str() { "oom_killed" } else { "exited" };
         let at = last.finished_at.as_ref().map_or(now, |at| at.0);
         add(type_, at, Some(last.exit_code), None);
     }
-    let started = |status: &BotContainerStatus| status.task.as_ref().map(|task| task.started_at.clone());
-    if let Some(at) = started(new).filter(|_| started(old) != started(new)) {
-        add("started", at.0, None, None);
+    // By pid too: a process may start, end and start again within the second that a time is told in.
+    if let Some(task) = new.task.as_ref().filter(|_| old.task != new.task) {
+        add("started", task.started_at.0, None, None);
     }
     match (old.phase, new.phase) {
-        (Some(Phase::Paused), Some(Phase::Running)) => add("resumed", now, None, None),
+        (Some(Phase::Paused), Some(Phase::Running)) if old.task == new.task => add("resumed", now, None, None),
         (was, Some(Phase::Paused)) if was != Some(Phase::Paused) => add("paused", now, None, None),
         (was, Some(Phase::Stopped)) if was != Some(Phase::Stopped) => add("stopped", now, None, None),
         _ => {}
@@ -442,3 +461,6 @@ pub fn says(live: Option<&BotContainerStatus>, wanted: &BotContainerStatus) -> b
     wanted.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
     own == wanted
 }
+
+#[cfg(test)]
+mod tests;

@@ -178,8 +178,9 @@ pub fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// A time as the API keeps it: `metav1.Time` has whole seconds. What is compared with an object read back must be cut so.
+/// A time before 1970, of a broken clock or note, becomes 1970: the API server takes no year before 0.
 pub fn api_time(at: Timestamp) -> Time {
-    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+    Time(Timestamp::from_second(at.as_second().max(0)).unwrap_or(at))
 }
 
 /// Makes a condition. `since` is when it took this status.

@@ -1,0 +1,781 @@
+//! A node with one bot on it, in memory. Each step has the effects that `act.rs` has, one after another in its order, and
+//! can be cut off before any of them, as `kill -9` of the agent does.
+//!
+//! It watches what no plan can see: how often a process really ran, whether it was asked before it was killed, whether
+//! anybody but a deletion took its layer.
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::json;
+
+use crate::agent::desired::{Alive, Desired, Goal, desired};
+use crate::agent::observe::{Attached, Container, Layer, Observed, Output, Task};
+use crate::agent::plan::{KILL_AGAIN, Next, State, plan};
+use crate::agent::record::{BACKOFF_MAX, Ending, Life, Record};
+use crate::agent::step::{Parts, Step};
+use crate::api::BotContainer;
+use crate::api::bot_container::{NetworkMode, RestartPolicy};
+use crate::api::condition::Reason;
+
+pub const UID: &str = "2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
+/// Most steps that the longest way takes: down from a paused process, and up again from nothing.
+const STEPS: usize = 40;
+/// Most waits on one way.
+const WAITS: usize = 12;
+
+/// What the object asks for, in the words that matter to the plan.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ask {
+    pub mode: Mode,
+    pub env: u8,
+    pub cpu: u8,
+    pub image: u8,
+    pub policy: RestartPolicy,
+    pub grace: i64,
+    pub network: NetworkMode,
+    pub address_in_env: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Running,
+    Paused,
+    Stopped,
+    /// The image's name is none.
+    Refused,
+    /// Has a deletionTimestamp.
+    Gone,
+}
+
+impl Default for Ask {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Running,
+            env: 0,
+            cpu: 0,
+            image: 0,
+            policy: RestartPolicy::Always,
+            grace: 10,
+            network: NetworkMode::Bridge,
+            address_in_env: false,
+        }
+    }
+}
+
+impl Ask {
+    pub fn bot(self) -> BotContainer {
+        let mode = match self.mode {
+            Mode::Paused => "Paused",
+            Mode::Stopped => "Stopped",
+            Mode::Running | Mode::Refused | Mode::Gone => "Running",
+        };
+        let image = match self.mode {
+            Mode::Refused => "No Image".to_owned(),
+            _ => format!("registry.example/bot:{}", self.image),
+        };
+        let mut env = vec![json!({"name": "N", "value": self.env.to_string()})];
+        if self.address_in_env {
+            env.push(json!({"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}));
+        }
+        let mut bot: BotContainer = serde_json::from_value(json!({
+            "apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer",
+            "metadata": {"name": "web", "namespace": "team-a", "uid": UID, "generation": 1},
+            "spec": {
+                "image": image, "env": env, "operatingMode": mode, "restartPolicy": self.policy,
+                "terminationGracePeriodSeconds": self.grace, "network": {"mode": self.network},
+                "resources": {"limits": {"cpu": self.cpu.to_string()}},
+            },
+        }))
+        .unwrap();
+        if self.mode == Mode::Gone {
+            bot.metadata.deletion_timestamp = Some(crate::api::condition::api_time(Timestamp::UNIX_EPOCH));
+        }
+        bot
+    }
+
+    pub fn desired(self) -> Desired {
+        desired(&self.bot(), "overlayfs").unwrap()
+    }
+
+    /// The same, alive: for the hash, limits and image that a record may have.
+    pub fn alive(self) -> Alive {
+        match (Self { mode: Mode::Running, ..self }).desired().goal {
+            Goal::Alive(alive) => *alive,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// How the bot's process and the machine behave.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Habits {
+    /// The process ends when it gets TERM.
+    pub heeds_term: bool,
+    /// So many KILLs show no effect yet: uninterruptible sleep.
+    pub shrugs: u8,
+    /// A frozen process answers no KILL (cgroup v1).
+    pub freezer_v1: bool,
+    /// runc can't make the task: a bad working directory.
+    pub refuses_create: bool,
+    /// runc can't start the process: no such command.
+    pub refuses_start: bool,
+}
+
+/// A step did not come to its end.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The agent was killed.
+    CutOff,
+    /// containerd, network or output said no.
+    Failed(&'static str),
+}
+
+type Done = Result<(), Ended>;
+
+/// One side effect of the steps that work side by side.
+#[derive(Clone, Copy, Debug)]
+enum Effect {
+    Layer,
+    HalfNetwork,
+    Loopback,
+    Addresses,
+    Pipes,
+    Logger,
+    Create,
+}
+
+#[derive(Debug)]
+pub struct World {
+    pub observed: Observed,
+    pub now: Timestamp,
+    pub habits: Habits,
+    /// What containerd hides behind `Unknown`; `None` behind it: the shim is dead.
+    pub hidden: Option<Task>,
+    /// The agent dies after so many more effects.
+    pub cut_after: Option<u8>,
+    /// Decides how the effects of side-by-side work interleave.
+    pub order: u64,
+    /// Steps and waits so far, for whoever reads a failure.
+    pub trace: Vec<String>,
+    /// How often a process ran.
+    pub ran: u32,
+    /// The process has got TERM.
+    termed: bool,
+    /// KILL waits for the thaw.
+    doomed: bool,
+    /// Under `restartPolicy: Never`, whether there is a reason to run once more.
+    may_run_again: bool,
+    /// Whether everything came to be by the rules: not so when a test drew the state from a hat.
+    lawful: bool,
+}
+
+pub fn nothing() -> Observed {
+    Observed {
+        container: Container::Absent,
+        task: Task::Absent,
+        layer: None,
+        network: Attached::Absent,
+        output: Output::Absent,
+        files: false,
+    }
+}
+
+pub fn layer(image: u8) -> Layer {
+    Layer {
+        key: format!("berth-{UID}.1"),
+        parent: "sha256:chain".into(),
+        image: format!("registry.example/bot:{image}"),
+        digest: format!("sha256:{image}"),
+        created_at: None,
+    }
+}
+
+pub fn connected() -> Attached {
+    Attached::Ready { ips: vec!["10.208.3.7".parse().unwrap()] }
+}
+
+impl World {
+    pub fn new(now: Timestamp, habits: Habits) -> Self {
+        Self {
+            observed: nothing(),
+            now,
+            habits,
+            hidden: None,
+            cut_after: None,
+            order: 0,
+            trace: Vec::new(),
+            ran: 0,
+            termed: false,
+            doomed: false,
+            may_run_again: true,
+            lawful: true,
+        }
+    }
+
+    /// A world that is just so, however it came to be.
+    pub fn drawn(observed: Observed, now: Timestamp, habits: Habits) -> Self {
+        Self { observed, lawful: false, ..Self::new(now, habits) }
+    }
+
+    pub fn record(&self) -> Option<&Record> {
+        match &self.observed.container {
+            Container::Ours(record) => Some(record),
+            _ => None,
+        }
+    }
+
+    // --- looking ---
+
+    /// One look and one plan, with everything that must hold of any plan.
+    pub fn look(&mut self, desired: &Desired) -> Next {
+        let next = plan(desired, &self.observed, self.now);
+        assert_eq!(next, plan(desired, &self.observed, self.now), "the plan is not a function");
+        self.trace.push(format!("{next:?}"));
+        match &desired.goal {
+            Goal::Stopped { .. } => self.may_run_again = true,
+            Goal::Alive(alive) if self.record().is_some_and(|r| r.hash != alive.hash) => self.may_run_again = true,
+            _ => {}
+        }
+        match &next {
+            Next::Do(Step::Remove(parts)) if parts.layer => {
+                assert!(matches!(desired.goal, Goal::Gone { .. }), "a layer goes while the bot is to stay");
+            }
+            Next::Do(Step::CreateTask { .. } | Step::StartAttempt) => {
+                assert!(matches!(desired.goal, Goal::Alive(_)), "a start that nobody asked for");
+                let unborn = matches!(self.observed.task, Task::Absent | Task::Created);
+                assert!(unborn, "a start on top of {:?}", self.observed.task);
+            }
+            Next::Settled { state, until: Some(until) } => {
+                let wait = until.duration_since(self.now);
+                let most = match state {
+                    State::BackOff => BACKOFF_MAX,
+                    _ => grace(desired).max(SignedDuration::try_from(KILL_AGAIN).unwrap()),
+                };
+                assert!(wait.is_positive(), "{state:?} waits for what is over: {wait}");
+                assert!(wait <= most, "{state:?} waits {wait}, at most {most} is allowed");
+            }
+            _ => {}
+        }
+        next
+    }
+
+    /// Looks and acts until nothing is to be done, as the loop does that nobody disturbs; time passes where it waits.
+    pub fn settle(&mut self, desired: &Desired) -> State {
+        self.cut_after = None;
+        self.habits.refuses_create = false;
+        self.habits.refuses_start = false;
+        let (mut steps, mut waits) = (0, 0);
+        loop {
+            assert!(steps <= STEPS && waits <= WAITS, "no end after {steps} steps, {waits} waits: {:#?}", self.trace);
+            match self.look(desired) {
+                Next::Do(step) => {
+                    steps += 1;
+                    // A failed step is tried again; each failure of this world happens once.
+                    let _ = self.act(step, desired);
+                }
+                Next::Settled { until: Some(until), .. } => {
+                    waits += 1;
+                    self.pass_until(until);
+                }
+                Next::Settled { state, until: None } => return state,
+            }
+        }
+    }
+
+    /// Whether a settled state is what the goal asks for.
+    pub fn assert_right(&self, state: &State, desired: &Desired) {
+        let Observed { container, task, layer, network, output, .. } = &self.observed;
+        let record = self.record();
+        let no_process = matches!(task, Task::Absent);
+        let put_away = *network == Attached::Absent && *output == Output::Absent;
+        let right = match (&desired.goal, container, state) {
+            (Goal::Gone { .. }, Container::Foreign { .. }, State::Removed) => put_away && layer.is_none(),
+            (Goal::Gone { .. }, container, State::Removed) => {
+                put_away && no_process && layer.is_none() && *container == Container::Absent
+            }
+            (_, Container::Foreign { .. }, state) => matches!(state, State::Foreign { .. }),
+            (Goal::Stopped { .. }, _, State::Stopped) => {
+                put_away && no_process && record.is_none_or(|record| record.life == Life::Fresh)
+            }
+            (Goal::Refused { .. }, _, State::Refused(_)) => {
+                // An end is noted, an order carried out; what runs, runs on.
+                let seen_to = !matches!(task, Task::Stopped { .. } | Task::Unknown);
+                record.is_none_or(|r| seen_to && (r.stop_ordered.is_none() || no_process || *task == Task::Created))
+            }
+            (Goal::Alive(alive), _, state) => {
+                let Some(record) = record else { panic!("alive without a container: {state:?}") };
+                let fresh = record.hash == alive.hash;
+                let other_image = record.image != alive.image.to_string();
+                match state {
+                    State::Running => {
+                        !alive.paused
+                            && matches!(task, Task::Running { .. })
+                            && fresh
+                            && !other_image
+                            && record.limits == alive.limits
+                            && *output == Output::Drained
+                    }
+                    State::Paused { kept: crate::api::bot_container::Kept::MemoryAndFiles, .. } => {
+                        alive.paused && fresh && matches!(task, Task::Paused { .. })
+                    }
+                    State::Paused { .. } => alive.paused && fresh && no_process,
+                    State::RestartPending => alive.paused && !fresh && matches!(task, Task::Paused { .. }),
+                    State::Completed | State::Failed => {
+                        let code = record.last.as_ref().map_or(0, |last| last.code);
+                        put_away
+                            && no_process
+                            && !alive.paused
+                            && (*state == State::Completed) == (code == 0)
+                            && match alive.restart_policy {
+                                RestartPolicy::Always => false,
+                                RestartPolicy::OnFailure => code == 0,
+                                RestartPolicy::Never => true,
+                            }
+                    }
+                    State::ImageChange => other_image,
+                    _ => false,
+                }
+            }
+            _ => false,
+        };
+        assert!(right, "{state:?} is not what {:?} asks for: {:#?}\n{:#?}", desired.goal, self.observed, self.trace);
+    }
+
+    // --- doing: the effects of act.rs, in its order ---
+
+    /// Does a step, up to where the agent dies.
+    pub fn act(&mut self, step: Step, desired: &Desired) -> Done {
+        let done = self.effects(step, desired);
+        if let Err(ended) = &done {
+            self.trace.push(format!("  {ended:?}"));
+        }
+        if self.lawful && self.record().is_some_and(|record| record.life == Life::Ended) {
+            let live = matches!(self.observed.task, Task::Running { .. } | Task::Paused { .. })
+                || matches!(self.hidden, Some(Task::Running { .. } | Task::Paused { .. }));
+            assert!(!live, "the record says that it ended, and it lives: {:#?}", self.trace);
+        }
+        done
+    }
+
+    fn effects(&mut self, step: Step, desired: &Desired) -> Done {
+        match step {
+            Step::Prepare(parts) => self.prepare(parts, desired),
+            Step::WriteContainer => self.write_container(desired),
+            Step::CreateTask { connect } => self.create_task(connect, desired),
+            Step::StartAttempt => self.start_attempt(desired),
+            Step::Pause => match self.observed.task {
+                Task::Running { pid } => {
+                    self.may()?;
+                    self.observed.task = Task::Paused { pid };
+                    Ok(())
+                }
+                _ => Err(Ended::Failed("pause: not running")),
+            },
+            Step::Resume => self.resume(),
+            Step::UpdateLimits => {
+                let limits = alive(desired)?.limits.clone();
+                self.may()?;
+                let record = self.ours()?;
+                self.note(Record { limits, ..record })
+            }
+            Step::Stop => self.stop(),
+            Step::Kill => self.kill(),
+            Step::Reap => self.reap(),
+            Step::RecordLost => {
+                let record = self.ours()?;
+                let lost = self.lost();
+                self.note(record.ended(lost))
+            }
+            Step::SettleEnd => {
+                let record = self.ours()?;
+                self.note(record.settled())
+            }
+            Step::Remove(parts) => self.remove(parts),
+            Step::RemoveContainer => {
+                self.may()?;
+                self.observed.files = false;
+                self.may()?;
+                assert!(!matches!(self.observed.container, Container::Foreign { .. }), "a foreign container is removed");
+                self.observed.container = Container::Absent;
+                Ok(())
+            }
+        }
+    }
+
+    fn prepare(&mut self, parts: Parts, desired: &Desired) -> Done {
+        let mut branches = Vec::new();
+        if parts.layer {
+            branches.push(vec![Effect::Layer]);
+        }
+        if parts.network {
+            branches.push(self.connect(alive(desired)?));
+        } else if parts.namespace && !matches!(self.observed.network, Attached::Ready { .. }) {
+            branches.push(vec![Effect::HalfNetwork, Effect::Loopback]);
+        }
+        if parts.output {
+            branches.push(vec![Effect::Pipes, Effect::Logger]);
+        }
+        self.side_by_side(branches, desired)
+    }
+
+    fn connect(&self, alive: &Alive) -> Vec<Effect> {
+        let ready = matches!(self.observed.network, Attached::Ready { .. });
+        let addressed = matches!(&self.observed.network, Attached::Ready { ips } if !ips.is_empty());
+        match alive.network {
+            NetworkMode::Host => vec![],
+            NetworkMode::None if ready => vec![],
+            NetworkMode::None => vec![Effect::HalfNetwork, Effect::Loopback],
+            NetworkMode::Bridge if addressed => vec![],
+            NetworkMode::Bridge => vec![Effect::HalfNetwork, Effect::Addresses],
+        }
+    }
+
+    fn create_task(&mut self, connect: bool, desired: &Desired) -> Done {
+        let mut branches = Vec::new();
+        if connect {
+            branches.push(self.connect(alive(desired)?));
+        }
+        let refused = self.habits.refuses_create && self.observed.task == Task::Absent;
+        if self.observed.task == Task::Absent {
+            branches.push(vec![Effect::Pipes, Effect::Logger]);
+            if !refused {
+                branches.last_mut().unwrap().push(Effect::Create);
+            }
+        }
+        self.side_by_side(branches, desired)?;
+        if refused { self.could_not_start() } else { Ok(()) }
+    }
+
+    fn side_by_side(&mut self, mut branches: Vec<Vec<Effect>>, desired: &Desired) -> Done {
+        branches.retain(|branch| !branch.is_empty());
+        let mut order = self.order;
+        while !branches.is_empty() {
+            let which = usize::try_from(order % branches.len() as u64).unwrap();
+            order = order.rotate_right(3);
+            let effect = branches[which].remove(0);
+            branches.retain(|branch| !branch.is_empty());
+            self.may()?;
+            self.happen(effect, desired)?;
+        }
+        Ok(())
+    }
+
+    fn happen(&mut self, effect: Effect, desired: &Desired) -> Done {
+        match effect {
+            Effect::Layer => {
+                let image = alive(desired)?.image.to_string();
+                let digest = format!("sha256:{image}");
+                // Preparing a key that exists is no error and changes nothing.
+                self.observed.layer.get_or_insert(Layer { image, digest, ..layer(0) });
+            }
+            Effect::HalfNetwork => self.observed.network = Attached::Partial,
+            Effect::Loopback => self.observed.network = Attached::Ready { ips: vec![] },
+            Effect::Addresses => self.observed.network = connected(),
+            Effect::Pipes if self.observed.output == Output::Absent => self.observed.output = Output::Undrained,
+            Effect::Pipes => {}
+            Effect::Logger => self.observed.output = Output::Drained,
+            Effect::Create => {
+                assert_eq!(self.observed.task, Task::Absent, "two tasks");
+                self.observed.task = Task::Created;
+                (self.termed, self.doomed) = (false, false);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_container(&mut self, desired: &Desired) -> Done {
+        let alive = alive(desired)?;
+        let Some(layer) = self.observed.layer.clone() else { return Err(Ended::Failed("no layer")) };
+        assert!(!matches!(self.observed.container, Container::Foreign { .. }), "a foreign container is written");
+        let old = self.record().cloned();
+        self.may()?;
+        self.observed.files = false;
+        self.may()?;
+        self.observed.files = true;
+        let mut record = Record {
+            uid: UID.into(),
+            namespace: desired.namespace.clone(),
+            name: desired.name.clone(),
+            bot_id: desired.bot_id.clone(),
+            hash: alive.hash.clone(),
+            limits: alive.limits.clone(),
+            image: layer.image,
+            digest: layer.digest,
+            snapshotter: desired.snapshotter.clone(),
+            layer: layer.key,
+            stop_signal: 15,
+            spec_for: 0,
+            attempt: old.as_ref().map_or(0, |old| old.attempt),
+            life: old.as_ref().map_or(Life::Fresh, |old| old.life),
+            stop_ordered: None,
+            stop_sent: false,
+            kill_ordered: None,
+            failures: old.as_ref().map_or(0, |old| old.failures),
+            restarts: old.as_ref().map_or(0, |old| old.restarts),
+            last: old.as_ref().and_then(|old| old.last.clone()),
+        };
+        record.spec_for = if alive.paused { 0 } else { record.next_attempt() };
+        self.may()?;
+        self.observed.container = Container::Ours(Box::new(record));
+        Ok(())
+    }
+
+    fn start_attempt(&mut self, desired: &Desired) -> Done {
+        let alive = alive(desired)?;
+        let record = self.ours()?;
+        let started = record.started(self.now);
+        if started != record {
+            self.note(started)?;
+        }
+        if self.habits.refuses_start {
+            return self.could_not_start();
+        }
+        self.may()?;
+        assert_eq!(self.observed.task, Task::Created, "only what was created can be started");
+        let Observed { network, output, layer, .. } = &self.observed;
+        let networked = match alive.network {
+            NetworkMode::Host => true,
+            NetworkMode::None => matches!(network, Attached::Ready { .. }),
+            NetworkMode::Bridge => *network == connected(),
+        };
+        assert!(networked, "the process comes before its network: {:#?}", self.trace);
+        assert_eq!(*output, Output::Drained, "nobody drains the process");
+        let record = self.ours()?;
+        assert_eq!(record.hash, alive.hash, "an old spec is started");
+        assert_eq!(record.spec_for, record.attempt, "a spec made for another attempt is started");
+        if self.lawful {
+            assert!(layer.is_some(), "a process without files");
+            let allowed = alive.restart_policy != RestartPolicy::Never || self.may_run_again;
+            assert!(allowed, "run twice under restartPolicy Never: {:#?}", self.trace);
+        }
+        self.may_run_again = false;
+        self.ran += 1;
+        self.observed.task = Task::Running { pid: 1000 + self.ran };
+        Ok(())
+    }
+
+    fn could_not_start(&mut self) -> Done {
+        let record = self.ours()?;
+        let ending = Ending { code: 128, reason: Reason::StartError.as_str().into(), ..self.lost() };
+        self.note(record.started(self.now).ended(ending))?;
+        self.delete_task()
+    }
+
+    fn resume(&mut self) -> Done {
+        self.may()?;
+        match self.observed.task {
+            Task::Paused { .. } if self.doomed => self.observed.task = self.ended(137),
+            Task::Paused { pid } => self.observed.task = Task::Running { pid },
+            _ => return Err(Ended::Failed("resume: not paused")),
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Done {
+        let record = self.ours()?;
+        let paused = matches!(self.observed.task, Task::Paused { .. });
+        let order = Record { stop_ordered: Some(self.now), stop_sent: false, ..record };
+        self.note(order.clone())?;
+        self.may()?;
+        self.termed = true;
+        if paused {
+            self.resume()?;
+        }
+        self.note(Record { stop_sent: true, ..order })
+    }
+
+    fn kill(&mut self) -> Done {
+        let paused = matches!(self.observed.task, Task::Paused { .. });
+        if let Some(record) = self.record().cloned() {
+            let stop_ordered = record.stop_ordered.or(Some(self.now));
+            self.note(Record { stop_ordered, kill_ordered: Some(self.now), ..record })?;
+        }
+        self.may()?;
+        let begun = matches!(self.observed.task, Task::Running { .. } | Task::Paused { .. });
+        if self.lawful && begun {
+            assert!(self.termed, "killed without having been asked: {:#?}", self.trace);
+        }
+        match self.observed.task {
+            Task::Unknown => return Err(Ended::Failed("kill: no answer")),
+            Task::Paused { .. } if self.habits.freezer_v1 => self.doomed = true,
+            Task::Running { .. } | Task::Paused { .. } if self.habits.shrugs > 0 => self.habits.shrugs -= 1,
+            Task::Created | Task::Running { .. } | Task::Paused { .. } => self.observed.task = self.ended(137),
+            Task::Absent | Task::Stopped { .. } => {}
+        }
+        if paused {
+            // What containerd answers to a thaw of what is dead already is passed over.
+            match self.resume() {
+                Err(Ended::CutOff) => return Err(Ended::CutOff),
+                _ => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    fn reap(&mut self) -> Done {
+        if let Some(record) = self.record().filter(|r| matches!(r.life, Life::Started { .. })).cloned() {
+            match self.observed.task {
+                Task::Stopped { code, at, .. } => {
+                    let ending = Ending { code, reason: "Error".into(), finished_at: at, ..self.lost() };
+                    self.note(record.ended(ending))?;
+                }
+                // Whether it ended is known only once it can be deleted; then it is an attempt without a task.
+                _ => {}
+            }
+        }
+        self.delete_task()
+    }
+
+    fn delete_task(&mut self) -> Done {
+        self.may()?;
+        match (self.observed.task, self.hidden.take()) {
+            (Task::Unknown, Some(live)) => {
+                self.observed.task = live;
+                Err(Ended::Failed("delete: still running"))
+            }
+            (Task::Running { .. } | Task::Paused { .. }, _) => Err(Ended::Failed("delete: still running")),
+            _ => {
+                self.observed.task = Task::Absent;
+                Ok(())
+            }
+        }
+    }
+
+    fn remove(&mut self, parts: Parts) -> Done {
+        let mut parts: Vec<&str> = [("layer", parts.layer), ("network", parts.network), ("output", parts.output)]
+            .into_iter()
+            .filter_map(|(part, wanted)| wanted.then_some(part))
+            .collect();
+        let turn = usize::try_from(self.order % 3).unwrap();
+        let len = parts.len().max(1);
+        parts.rotate_left(turn % len);
+        for part in parts {
+            self.may()?;
+            match part {
+                "layer" => {
+                    assert!(!self.lawful || self.observed.task == Task::Absent, "a layer goes from under its process");
+                    self.observed.layer = None;
+                }
+                "network" => self.observed.network = Attached::Absent,
+                _ => self.observed.output = Output::Absent,
+            }
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, record: Record) -> Done {
+        self.may()?;
+        match &mut self.observed.container {
+            Container::Ours(old) => **old = record,
+            _ => return Err(Ended::Failed("note: no container")),
+        }
+        Ok(())
+    }
+
+    fn ours(&self) -> Result<Record, Ended> {
+        self.record().cloned().ok_or(Ended::Failed("no container"))
+    }
+
+    /// Before each effect: does the agent live on?
+    fn may(&mut self) -> Done {
+        match &mut self.cut_after {
+            Some(0) => {
+                self.cut_after = None;
+                Err(Ended::CutOff)
+            }
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn lost(&self) -> Ending {
+        Ending {
+            code: 137,
+            reason: Reason::TaskLost.as_str().into(),
+            message: String::new(),
+            started_at: None,
+            finished_at: self.now,
+            asked: false,
+        }
+    }
+
+    fn ended(&self, code: u32) -> Task {
+        Task::Stopped { code, at: self.now, oom: false }
+    }
+
+    // --- what happens by itself ---
+
+    /// Time passes; a process that was asked to end does.
+    pub fn pass_until(&mut self, then: Timestamp) {
+        self.trace.push(format!("  {} passes", then.duration_since(self.now)));
+        self.now = self.now.max(then);
+        if self.habits.heeds_term && self.termed && matches!(self.observed.task, Task::Running { .. }) {
+            self.observed.task = self.ended(143);
+        }
+    }
+
+    /// The wall clock is set; no time passes.
+    pub fn set_clock(&mut self, seconds: i64) {
+        self.now = self.now.saturating_add(SignedDuration::from_secs(seconds)).unwrap();
+    }
+
+    /// The process ends by itself.
+    pub fn exit(&mut self, code: u32, oom: bool) {
+        let at = self.now;
+        match (&mut self.observed.task, &mut self.hidden) {
+            (Task::Unknown, Some(task @ Task::Running { .. })) => *task = Task::Stopped { code, at, oom },
+            (task @ Task::Running { .. }, _) => *task = Task::Stopped { code, at, oom },
+            _ => {}
+        }
+    }
+
+    /// The shim dies: containerd forgets the task.
+    pub fn shim_dies(&mut self) {
+        (self.observed.task, self.hidden) = (Task::Absent, None);
+    }
+
+    /// The shim does not answer for a while.
+    pub fn shim_hangs(&mut self) {
+        if !matches!(self.observed.task, Task::Absent | Task::Unknown) {
+            self.hidden = Some(std::mem::replace(&mut self.observed.task, Task::Unknown));
+        }
+    }
+
+    /// It answers again.
+    pub fn shim_answers(&mut self) {
+        if let Some(task) = self.hidden.take() {
+            self.observed.task = task;
+        }
+    }
+
+    /// Processes and /run are gone, the disk is kept.
+    pub fn reboot(&mut self) {
+        self.shim_dies();
+        (self.observed.network, self.observed.output, self.observed.files) = (Attached::Absent, Output::Absent, false);
+    }
+
+    /// Someone removes the container that no process uses.
+    pub fn outsider_removes_container(&mut self) {
+        if self.observed.task == Task::Absent && self.record().is_some() {
+            self.observed.container = Container::Absent;
+            self.may_run_again = true;
+        }
+    }
+}
+
+fn alive(desired: &Desired) -> Result<&Alive, Ended> {
+    match &desired.goal {
+        Goal::Alive(alive) => Ok(alive),
+        _ => Err(Ended::Failed("not to be alive")),
+    }
+}
+
+pub fn grace(desired: &Desired) -> SignedDuration {
+    let grace = match &desired.goal {
+        Goal::Gone { grace } | Goal::Stopped { grace } | Goal::Refused { grace, .. } => *grace,
+        Goal::Alive(alive) => alive.grace,
+    };
+    SignedDuration::try_from(grace).unwrap_or(SignedDuration::MAX)
+}
