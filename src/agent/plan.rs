@@ -359,3 +359,6 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
         _ => Next::Do(Step::WriteContainer),
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests;

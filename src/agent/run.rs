@@ -305,7 +305,7 @@ impl BotLoop {
                     // What no observation shows goes before it is said that nothing is left: the lease of a pull that
                     // failed, the logs of a bot that was stopped.
                     if *state == State::Removed
-                        && let Err(error) = self.shared.actor.remove_rest(&desired).await
+                        && let Err(error) = self.shared.actor.remove_rest(&desired.id).await
                     {
                         let step = Step::RemoveContainer;
                         self.failed(step, error.reason(), chain(&error), error.retryable(), &bot);

@@ -380,8 +380,10 @@ fn network_ready(
             {
                 (Some(false), trouble.reason, trouble.message.clone())
             }
-            _ if matches!(phase, Phase::Stopped | Phase::Stopping | Phase::Succeeded | Phase::Failed | Phase::Paused)
-                && !matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) =>
+            _ if matches!(
+                phase,
+                Phase::Stopped | Phase::Stopping | Phase::Succeeded | Phase::Failed | Phase::Paused
+            ) && !matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) =>
             {
                 (Some(false), Reason::Stopped, "there is no process, so there is no network".into())
             }

@@ -208,7 +208,8 @@ async fn last_words_are_bounded_and_whole() {
     let stage = Stage::set("words").await;
     // Characters of two bytes, and far more than is kept; the end is what counts. The streams are two pipes, so nobody
     // can tell how their lines lay among each other.
-    let script = "i=0; while [ $i -lt 2000 ]; do echo ééééé $i; echo ööööö $i >&2; i=$((i+1)); done; echo the end; exit 5";
+    let script =
+        "i=0; while [ $i -lt 2000 ]; do echo ééééé $i; echo ööööö $i >&2; i=$((i+1)); done; echo the end; exit 5";
     stage.apply(bot("talker").sh(script).restart(RestartPolicy::Never)).await;
     let failed = stage.says("talker", Phase::Failed, "Error").await;
     let said = last(&failed).message.clone().unwrap();

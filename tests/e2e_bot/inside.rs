@@ -77,7 +77,8 @@ async fn files_are_mounted_with_their_modes_and_never_in_the_layer() {
         {"path": "/data/plain", "content": "as it is\n"},
         {"path": "/data/none", "configMapKeyRef": {"name": "none", "key": "x", "optional": true}},
     ]});
-    let script = "for f in /etc/bot.toml /opt/deep/motd /data/plain; do stat -c '%n %a' $f; cat $f; echo; done; ls /data";
+    let script =
+        "for f in /etc/bot.toml /opt/deep/motd /data/plain; do stat -c '%n %a' $f; cat $f; echo; done; ls /data";
     let web = stage.runs(with(asks("web", script), files)).await;
     let seen = said(&web).await;
     for line in ["/etc/bot.toml 600", VALUE, "/opt/deep/motd 444", "welcome", "/data/plain 644", "as it is"] {
@@ -113,7 +114,9 @@ async fn a_bot_that_is_not_root_can_read_its_files_and_write_its_data() {
     let script = "id -u; cat /etc/bot.toml; echo; echo mine >/home/bot/data/mine && cat /home/bot/data/mine; cat /proc/self/status";
     let web = stage.runs(with(asks("web", script), spec)).await;
     let seen = said(&web).await;
-    for line in ["1000", "token = 1", "mine", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"] {
+    for line in
+        ["1000", "token = 1", "mine", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1"]
+    {
         assert!(seen.lines().any(|l| l == line), "{line:?} is missing: {seen}");
     }
     assert_eq!(std::fs::metadata(path_in(&web, "/home/bot/data/mine")).unwrap().uid(), 1000);
@@ -216,7 +219,8 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bot_is_confined_as_ctr_confines_the_same_image() {
     let stage = Stage::set("confined").await;
-    let web = stage.runs(asks("web", "cat /proc/self/status; echo --; cut -d' ' -f5,6 /proc/self/mountinfo | sort")).await;
+    let web =
+        stage.runs(asks("web", "cat /proc/self/status; echo --; cut -d' ' -f5,6 /proc/self/mountinfo | sort")).await;
     let ours = said(&web).await;
     let image = stage.cluster.image();
     let script = "cat /proc/self/status; echo --; cut -d' ' -f5,6 /proc/self/mountinfo | sort";

@@ -2,8 +2,8 @@
 
 use std::net::{Ipv4Addr, TcpListener};
 
-use berth::api::condition::ConditionType;
 use berth::api::bot_container::{NetworkMode, Phase};
+use berth::api::condition::ConditionType;
 use serde_json::json;
 
 use crate::common::{SOON, bot, get, summary, wait_for};
@@ -53,8 +53,11 @@ async fn bots_of_a_namespace_reach_each_other_and_no_one_elses() {
     let other = crate::common::Namespace::create(stage.cluster, "reach-other").await;
     let server = stage.runs(bot("server")).await;
     page(&server).await;
-    let script = format!("wget -q -T 3 -O - http://{}:8080/ >/data/new 2>&1 || echo refused >>/data/new; \
-        mv /data/new /data/said; exec sleep 1000000", ip(&server));
+    let script = format!(
+        "wget -q -T 3 -O - http://{}:8080/ >/data/new 2>&1 || echo refused >>/data/new; \
+        mv /data/new /data/said; exec sleep 1000000",
+        ip(&server)
+    );
     let friend = stage.runs(bot("friend").sh(&script)).await;
     let seen = read_in(&friend, "/data/said").await;
     assert!(seen.starts_with("I am server"), "a bot of the same namespace does not get through: {seen}");

@@ -51,7 +51,13 @@ async fn both_streams_come_into_a_cri_log_and_stay_over_a_restart() {
     has(("stderr", "F", "err"), 1).await;
     // The next process's output comes after it, also when the agent was away in between.
     stage.agent.restart().await;
-    stage.edited("web", serde_json::json!({"restartedAt": "2026-11-24T10:00:00Z"}), berth::api::bot_container::Phase::Running).await;
+    stage
+        .edited(
+            "web",
+            serde_json::json!({"restartedAt": "2026-11-24T10:00:00Z"}),
+            berth::api::bot_container::Phase::Running,
+        )
+        .await;
     has(("stdout", "F", "out"), 2).await;
     // It goes with the object.
     stage.ns.delete("web", SOON).await;
@@ -73,10 +79,8 @@ async fn a_flood_is_rotated_bounded_and_goes_on_while_the_agent_is_away() {
         let all = std::fs::read_dir(&dir).map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
         all.iter().filter_map(|entry| entry.metadata().ok()).filter(|m| m.is_file()).map(|m| m.len()).collect()
     };
-    wait_for("three files", SOON, || async {
-        if sizes().len() == 3 { Ok(()) } else { Err(format!("{:?}", sizes())) }
-    })
-    .await;
+    wait_for("three files", SOON, || async { if sizes().len() == 3 { Ok(()) } else { Err(format!("{:?}", sizes())) } })
+        .await;
     stage.agent.kill_9();
     let count = crate::stage::path_in(&flood, "/data/n");
     let lines = || std::fs::read_to_string(&count).ok().and_then(|n| n.trim().parse::<u64>().ok()).unwrap_or(0);

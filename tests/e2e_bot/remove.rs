@@ -99,7 +99,12 @@ async fn the_same_name_at_once_is_another_bot() {
         stage.ns.bots().delete("web", &DeleteParams::default()).await.unwrap();
         // As soon as the name is free, and not a moment later.
         wait_for("the name", SOON, || async {
-            match stage.ns.bots().create(&Default::default(), &bot("web").on(stage.agent.node()).build(stage.cluster)).await {
+            match stage
+                .ns
+                .bots()
+                .create(&Default::default(), &bot("web").on(stage.agent.node()).build(stage.cluster))
+                .await
+            {
                 Ok(_) => Ok(()),
                 Err(e) => Err(e.to_string()),
             }
@@ -203,7 +208,9 @@ async fn what_an_outsider_breaks_is_made_good() {
     stage.agent.ctr(["tasks", "delete", "--force", &id]);
     let again = stage
         .ns
-        .until("web", "running again", SOON, |bot| said_phase(bot) == Some(Phase::Running) && pid_of(bot) != pid_of(&web))
+        .until("web", "running again", SOON, |bot| {
+            said_phase(bot) == Some(Phase::Running) && pid_of(bot) != pid_of(&web)
+        })
         .await;
     assert!(page(&again).await.contains("started 2 time"), "{}", summary(&again));
     // Frozen and thawed from outside.

@@ -205,10 +205,7 @@ async fn the_second_bot_of_a_bot_id_waits_until_the_first_is_gone() {
     let stage = Stage::set("twin").await;
     stage.runs(bot("first").id("ada")).await;
     stage.apply(bot("second").id("ada")).await;
-    let second = stage
-        .ns
-        .until("second", "BotIdInUse", SOON, |bot| says_ready(bot) == Some("BotIdInUse"))
-        .await;
+    let second = stage.ns.until("second", "BotIdInUse", SOON, |bot| says_ready(bot) == Some("BotIdInUse")).await;
     assert_eq!(status(&second).phase, Some(Phase::Pending), "{}", summary(&second));
     assert_eq!(status(&second).node_name, None);
     let said = crate::stage::message(&second, ConditionType::Ready);

@@ -34,7 +34,10 @@ async fn the_agent_goes_and_comes_and_bots_run_on() {
     moment(Duration::from_secs(2)).await;
     assert_eq!(lives(), before, "KILL and start");
     let after = stage.ns.ready("web", SOON).await;
-    assert_eq!(after.metadata.resource_version, version, "a restart of the agent writes nothing about what is as it was");
+    assert_eq!(
+        after.metadata.resource_version, version,
+        "a restart of the agent writes nothing about what is as it was"
+    );
     assert_eq!(status(&after), status(&web));
 
     // What happened meanwhile is found: an end, an edit, a deletion.

@@ -135,12 +135,7 @@ pub fn observed() -> impl Strategy<Value = Observed> {
         6 => record().prop_map(|record| Container::Ours(Box::new(record))),
         1 => Just(Container::Foreign { why: "someone made it".into() }),
     ];
-    let network = select(vec![
-        Attached::Absent,
-        Attached::Partial,
-        Attached::Ready { ips: vec![] },
-        connected(),
-    ]);
+    let network = select(vec![Attached::Absent, Attached::Partial, Attached::Ready { ips: vec![] }, connected()]);
     let output = select(vec![Output::Absent, Output::Undrained, Output::Drained]);
     (container, task(), proptest::option::of((0..2u8).prop_map(layer)), network, output, any::<bool>()).prop_map(
         |(container, task, layer, network, output, files)| Observed { container, task, layer, network, output, files },

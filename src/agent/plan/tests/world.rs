@@ -158,11 +158,14 @@ pub struct World {
     pub trace: Vec<String>,
     /// How often a process ran.
     pub ran: u32,
+    /// The attempt that ran last.
+    ran_as: u64,
     /// The process has got TERM.
     termed: bool,
     /// KILL waits for the thaw.
     doomed: bool,
-    /// Under `restartPolicy: Never`, whether there is a reason to run once more.
+    /// Under `restartPolicy: Never`, whether there is a reason to begin one more attempt. Who changes the policy between an
+    /// attempt's mark and its start does not take it back.
     may_run_again: bool,
     /// Whether everything came to be by the rules: not so when a test drew the state from a hat.
     lawful: bool,
@@ -204,6 +207,7 @@ impl World {
             order: 0,
             trace: Vec::new(),
             ran: 0,
+            ran_as: 0,
             termed: false,
             doomed: false,
             may_run_again: true,
@@ -394,7 +398,10 @@ impl World {
                 self.may()?;
                 self.observed.files = false;
                 self.may()?;
-                assert!(!matches!(self.observed.container, Container::Foreign { .. }), "a foreign container is removed");
+                assert!(
+                    !matches!(self.observed.container, Container::Foreign { .. }),
+                    "a foreign container is removed"
+                );
                 self.observed.container = Container::Absent;
                 Ok(())
             }
@@ -524,7 +531,10 @@ impl World {
         let record = self.ours()?;
         let started = record.started(self.now);
         if started != record {
+            let allowed = alive.restart_policy != RestartPolicy::Never || self.may_run_again;
+            assert!(allowed || !self.lawful, "run twice under restartPolicy Never: {:#?}", self.trace);
             self.note(started)?;
+            self.may_run_again = false;
         }
         if self.habits.refuses_start {
             return self.could_not_start();
@@ -544,10 +554,9 @@ impl World {
         assert_eq!(record.spec_for, record.attempt, "a spec made for another attempt is started");
         if self.lawful {
             assert!(layer.is_some(), "a process without files");
-            let allowed = alive.restart_policy != RestartPolicy::Never || self.may_run_again;
-            assert!(allowed, "run twice under restartPolicy Never: {:#?}", self.trace);
+            assert!(record.attempt > self.ran_as, "an attempt is run twice: {:#?}", self.trace);
         }
-        self.may_run_again = false;
+        self.ran_as = record.attempt;
         self.ran += 1;
         self.observed.task = Task::Running { pid: 1000 + self.ran };
         Ok(())
@@ -761,6 +770,7 @@ impl World {
         if self.observed.task == Task::Absent && self.record().is_some() {
             self.observed.container = Container::Absent;
             self.may_run_again = true;
+            self.ran_as = 0;
         }
     }
 }
