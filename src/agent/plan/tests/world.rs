@@ -621,15 +621,12 @@ impl World {
     }
 
     fn reap(&mut self) -> Done {
-        if let Some(record) = self.record().filter(|r| matches!(r.life, Life::Started { .. })).cloned() {
-            match self.observed.task {
-                Task::Stopped { code, at, .. } => {
-                    let ending = Ending { code, reason: "Error".into(), finished_at: at, ..self.lost() };
-                    self.note(record.ended(ending))?;
-                }
-                // Whether it ended is known only once it can be deleted; then it is an attempt without a task.
-                _ => {}
-            }
+        // Where containerd can't say, whether it ended is known only once the task can be deleted: then it is an attempt
+        // without a task.
+        let started = self.record().filter(|r| matches!(r.life, Life::Started { .. })).cloned();
+        if let (Some(record), Task::Stopped { code, at, .. }) = (started, self.observed.task) {
+            let ending = Ending { code, reason: "Error".into(), finished_at: at, ..self.lost() };
+            self.note(record.ended(ending))?;
         }
         self.delete_task()
     }
