@@ -1,15 +1,18 @@
 //! Does one [`Step`]; decides nothing. What is wanted was settled by the plan: here is only how it is done.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd as _;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
     AddResourceRequest, Container as ContainerdContainer, CreateContainerRequest, CreateRequest as CreateLeaseRequest,
-    CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest, KillRequest,
-    PauseTaskRequest, Resource, ResumeTaskRequest, StartRequest, UpdateContainerRequest, UpdateTaskRequest,
+    CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest,
+    GetRequest as GetTaskRequest, KillRequest, PauseTaskRequest, Resource, ResumeTaskRequest, StartRequest,
+    UpdateContainerRequest, UpdateTaskRequest,
 };
 use containerd_client::types::Mount;
+use containerd_client::types::v1::Status as TaskState;
 use jiff::Timestamp;
 use kube::Client;
 use prost_types::{Any, FieldMask};
@@ -30,6 +33,8 @@ use super::labels;
 use super::observe::{Container, Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
+use super::root;
+use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
 
 /// Most of a process's last output that is kept with its end. Bytes.
@@ -93,6 +98,9 @@ pub enum StepError {
     /// The OCI spec can't be made.
     #[error("the container can't be made")]
     Bundle(#[source] BundleError),
+    /// A skill can't be written.
+    #[error(transparent)]
+    Skill(SkillFailed),
     /// A Secret or ConfigMap can't be read.
     #[error("what the spec refers to can't be read")]
     References(#[source] ReadFailed),
@@ -115,6 +123,7 @@ impl StepError {
             Self::NoCidr => Reason::NodeNotConfigured,
             Self::Output(error) => error.reason(),
             Self::Bundle(error) => error.reason(),
+            Self::Skill(_) => Reason::SkillFailed,
             Self::References(_) => Reason::ConfigNotFound,
         }
     }
@@ -127,6 +136,8 @@ impl StepError {
             Self::Image { source, .. } => source.retryable(),
             // An image can be loaded by hand, a Secret mended: neither touches the bot.
             Self::NeverPull { .. } | Self::ImageGone { .. } | Self::PullSecret { .. } | Self::References(_) => true,
+            // The bot's own doing, which the bot may undo.
+            Self::Skill(_) => true,
             Self::Bundle(error) => error.retryable(),
         }
     }
@@ -211,6 +222,7 @@ impl Actor {
             }
             Step::Resume => around(Effect::Resume, self.resume(id)).await,
             Step::UpdateLimits => self.update_limits(work).await,
+            Step::WriteSkills => self.write_skills(work).await,
             Step::Stop => self.stop(work).await,
             Step::Kill => self.kill(work).await,
             Step::Reap => self.reap(work).await,
@@ -366,6 +378,7 @@ impl Actor {
             .await
             .map_err(|source| StepError::Image { image: layer.image.clone(), source })?
             .ok_or_else(|| StepError::ImageGone { image: layer.image.clone(), digest: layer.digest.clone() })?;
+        let none = Skills::new();
         let input = bundle::Input {
             desired: work.desired,
             alive,
@@ -374,6 +387,7 @@ impl Actor {
             references: &references,
             mounts: &mounts,
             network: &work.observed.network,
+            noted: old.map_or(&none, |old| &old.skills),
         };
         let made = around(Effect::WriteFiles, self.bundle.make(&input)).await.map_err(StepError::Bundle)?;
         let mut record = Record {
@@ -383,6 +397,7 @@ impl Actor {
             bot_id: work.desired.bot_id.clone(),
             hash: alive.hash.clone(),
             limits: alive.limits.clone(),
+            skills: made.skills,
             image: layer.image.clone(),
             digest: layer.digest.clone(),
             snapshotter: work.desired.snapshotter.clone(),
@@ -539,6 +554,32 @@ impl Actor {
         answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
         let noted = Record { limits: alive.limits.clone(), ..record.clone() };
         around(Effect::LimitsNote, self.note(id, &noted)).await
+    }
+
+    async fn write_skills(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let alive = work.alive()?;
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let (Task::Running { pid } | Task::Paused { pid }) = work.observed.task else {
+            return Err(StepError::Changed("the bot has no process"));
+        };
+        let root = root::of_process(pid).map_err(|source| StepError::Bundle(source.into()))?;
+        // The number could be another process's by now. It is not, where containerd still has it for the bot's after its
+        // root was opened.
+        let request = self.containerd.request(GetTaskRequest { container_id: id.to_string(), exec_id: String::new() });
+        let task = self.containerd.tasks().get(request).await.call("get task", id.as_str());
+        let process = task.map_err(StepError::Runtime)?.process.unwrap_or_default();
+        if process.pid != pid || !matches!(process.status(), TaskState::Running | TaskState::Paused) {
+            return Err(StepError::Changed("the bot has another process"));
+        }
+        let (data, skills, noted) = (alive.spec.data.path.clone(), alive.spec.skills.clone(), record.skills.clone());
+        let write = tokio::task::spawn_blocking(move || skills::write(root.as_fd(), &data, &skills, &noted));
+        let (skills, failed) =
+            around(Effect::SkillsWrite, write).await.map_err(|error| StepError::Bundle(error.into()))?;
+        if skills != record.skills {
+            around(Effect::SkillsNote, self.note(id, &Record { skills, ..record.clone() })).await?;
+        }
+        failed.map_or(Ok(()), |failed| Err(StepError::Skill(failed)))
     }
 
     // --- down ---

@@ -24,7 +24,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::{Api, Client};
 
 use crate::api::bot_container::{FileSpec, KeyRef, NetworkMode};
-use crate::api::condition::Reason;
+use crate::api::condition::{Reason, chain};
 use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
@@ -41,6 +41,7 @@ use super::observe::{Attached, COMPLETE};
 use super::references::{Kind, References};
 use super::root::{self, MountFailed};
 use super::signal;
+use super::skills::{self, Skills};
 
 /// What is the same for all bots of a node.
 #[derive(Clone, Debug)]
@@ -99,6 +100,8 @@ pub struct Input<'a> {
     pub mounts: &'a [Mount],
     /// The bot's network as it was observed.
     pub network: &'a Attached,
+    /// The skills as they were written last.
+    pub noted: &'a Skills,
 }
 
 /// Why a container can't be made.
@@ -218,6 +221,9 @@ pub struct Made {
     pub stop_signal: u32,
     /// containerd's runtime.
     pub runtime: String,
+    /// The skills that are in the bot's data now. One that can't be written keeps no bot from starting: it is tried again,
+    /// and told, once the process runs.
+    pub skills: Skills,
 }
 
 impl Bundle {
@@ -270,14 +276,18 @@ impl Bundle {
         let this = self.clone();
         let (id, mounts) = (input.desired.id.clone(), input.mounts.to_vec());
         let (bot, image) = (spec.clone(), input.image.clone());
-        let alive_network = input.alive.network;
-        let json = tokio::task::spawn_blocking(move || -> Result<Vec<u8>, BundleError> {
+        let (alive_network, noted) = (input.alive.network, input.noted.clone());
+        let (spec, skills) = tokio::task::spawn_blocking(move || -> Result<(Vec<u8>, Skills), BundleError> {
             let root = root::open(&mounts, &this.options.mnt_dir, &id)?;
             check_root(root.as_fd(), &bot.data.path)?;
             let user = resolve_user(root.as_fd(), &image.user, bot.security_context.as_ref())?;
             let binds = this.write_files(&id, &files, &user)?;
             // 0755 and the bot's own user: a bot that does not run as root must be able to write its data.
             ensure_directory(root.as_fd(), &bot.data.path, user.uid, user.gid, 0o755)?;
+            let (skills, failed) = skills::write(root.as_fd(), &bot.data.path, &bot.skills, &noted);
+            if let Some(failed) = failed {
+                tracing::warn!(%id, error = %chain(&failed), "the bot starts without a skill");
+            }
             let netns = this.options.netns_dir.join(id.as_str());
             let localhost_seccomp = this.localhost_seccomp(&bot)?;
             let spec = runtime_spec(&SpecInput {
@@ -299,10 +309,10 @@ impl Bundle {
             if let Some(process) = spec.process() {
                 check_working_directory(root.as_fd(), &process.cwd().to_string_lossy())?;
             }
-            Ok(serde_json::to_vec(&spec)?)
+            Ok((serde_json::to_vec(&spec)?, skills))
         })
         .await??;
-        Ok(Made { spec: json, stop_signal, runtime })
+        Ok(Made { spec, stop_signal, runtime, skills })
     }
 
     fn hostname(&self, desired: &Desired, alive: &Alive) -> String {

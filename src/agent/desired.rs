@@ -9,6 +9,7 @@ use crate::api::ids::{BotUid, ContainerId};
 use crate::image::Reference;
 
 use super::cost;
+use super::skills::{self, Skills};
 
 /// What the objects ask of this node for one bot.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +75,8 @@ pub struct Alive {
     pub network: NetworkMode,
     /// Whether the environment tells the bot's address, so that it must be known before the container is written.
     pub address_in_env: bool,
+    /// The skills in the bot's data.
+    pub skills: Skills,
     /// The spec itself, for making the OCI spec.
     pub spec: BotContainerSpec,
 }
@@ -154,6 +157,7 @@ fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
             let field = variable.value_from.as_ref().and_then(|from| from.field_ref.as_ref());
             field.is_some_and(|field| field.field_path.starts_with("status.podIP"))
         }),
+        skills: skills::wanted(&spec.skills),
         spec: spec.clone(),
     })
 }

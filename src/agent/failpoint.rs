@@ -54,6 +54,8 @@ effects! {
     Resume = "resume.resume",
     LimitsUpdate = "update_limits.update",
     LimitsNote = "update_limits.note",
+    SkillsWrite = "write_skills.write",
+    SkillsNote = "write_skills.note",
     StopNote = "stop.note",
     StopSignal = "stop.signal",
     StopResume = "stop.resume",

@@ -18,7 +18,7 @@
 //!
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
-//! cost.rs    what a change of each spec field costs
+//! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
 //! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! failpoint.rs   where tests make the agent die
 //! ```
@@ -45,6 +45,7 @@ pub mod references;
 pub mod root;
 pub mod run;
 pub mod signal;
+pub mod skills;
 pub mod status;
 pub mod step;
 pub mod sweep;

@@ -261,6 +261,7 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
             match (frozen, alive.paused) {
                 (false, true) => Next::Do(Step::Pause),
                 (true, false) => Next::Do(Step::Resume),
+                _ if record.skills != alive.skills => Next::Do(Step::WriteSkills),
                 _ if image_changed => Next::settled(State::ImageChange),
                 (true, true) => Next::settled(State::Paused { kept: Kept::MemoryAndFiles, memory_lost: false }),
                 (false, false) => Next::settled(State::Running),

@@ -8,6 +8,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::observe::Layer;
+use super::skills::Skills;
 
 /// The agent's note on a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,6 +26,9 @@ pub struct Record {
     pub hash: String,
     /// The limits that the task was given, in their canonical text.
     pub limits: String,
+    /// The skills as we wrote them last; the bot may have changed them since.
+    #[serde(default)]
+    pub skills: Skills,
     /// Normalised reference of the image that the layer stands on.
     pub image: String,
     /// Digest that it was resolved to.
@@ -206,6 +210,7 @@ mod tests {
             bot_id: "web".into(),
             hash: "h1".into(),
             limits: String::new(),
+            skills: Skills::new(),
             image: "docker.io/library/nginx:latest".into(),
             digest: "sha256:0".into(),
             snapshotter: "overlayfs".into(),

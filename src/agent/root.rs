@@ -63,6 +63,13 @@ pub fn open(mounts: &[Mount], mnt_dir: &Path, id: &ContainerId) -> Result<OwnedF
     Ok(root)
 }
 
+/// Opens the root directory that a process sees.
+pub fn of_process(pid: u32) -> Result<OwnedFd, MountFailed> {
+    let path = PathBuf::from(format!("/proc/{pid}/root"));
+    rustix::fs::open(&path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|source| MountFailed::Kernel { what: "open the root of the process at", path, source: source.into() })
+}
+
 /// Takes away what a crash left below `mnt_dir`. For the agent's start, when no layer is being opened.
 pub fn remove_leftovers(mnt_dir: &Path) -> Result<(), MountFailed> {
     let entries = match fs::read_dir(mnt_dir) {

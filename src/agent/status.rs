@@ -217,6 +217,9 @@ fn judge(
                 Reason::Starting,
                 "the new limits are being given to the running process",
             ),
+            Step::WriteSkills => {
+                Verdict::working(phase_of_task, Reason::Starting, "the skills are being written into the bot's data")
+            }
             Step::Reap | Step::RecordLost | Step::SettleEnd | Step::Remove(_) | Step::RemoveContainer
                 if matches!(desired.goal, Goal::Stopped { .. }) =>
             {

@@ -31,6 +31,8 @@ pub enum Step {
     Resume,
     /// Give the running task its new limits, then note them in the record. Cut off: done again.
     UpdateLimits,
+    /// Write the skills into the data of a live process, then note them. Cut off: written again.
+    WriteSkills,
     /// Note the order, then send the stop signal, then thaw where it was paused, then note that it was sent. Cut off: sent
     /// again, and the grace period begins again; nothing is killed that was not asked to end.
     Stop,
@@ -83,6 +85,7 @@ impl Step {
             Self::Pause => "pause",
             Self::Resume => "resume",
             Self::UpdateLimits => "update_limits",
+            Self::WriteSkills => "write_skills",
             Self::Stop => "stop",
             Self::Kill => "kill",
             Self::Reap => "reap",

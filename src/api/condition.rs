@@ -124,6 +124,7 @@ reasons! {
     RuntimeUnavailable => "containerd on the node can't be reached; it is tried again.",
     RuntimeFailed => "containerd or runc refused a step; the message has its words. It is tried again.",
     StorageFailed => "The node's disk refused a write; the message has its words. It is tried again.",
+    SkillFailed => "A skill can't be written into the bot's data; the message says why, usually a link or a full disk. It is tried again.",
     ImageChangeFailed => "The bot could not be moved to the new image; its data is where it was.",
     AgentReady => "Nothing to do: the agent serves its node.",
     AgentStopping => "The agent was stopped; its bots run on.",

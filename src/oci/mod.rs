@@ -30,6 +30,6 @@ pub mod user;
 pub use env::{EnvError, FieldContext, SourceData, SourceKind, resolve_env};
 pub use node::NodeFacts;
 pub use resources::linux_resources;
-pub use rootfs::{RootError, check_root, check_working_directory, ensure_directory};
+pub use rootfs::{RootError, check_root, check_working_directory, ensure_directory, open_directory, put_file};
 pub use spec::{BindMount, NetworkNamespace, SpecError, SpecInput, runtime_spec};
 pub use user::{User, UserError, resolve_user};

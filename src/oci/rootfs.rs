@@ -6,7 +6,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path};
@@ -236,6 +236,55 @@ pub fn read_file(root: BorrowedFd, path: &str, limit: u64) -> Result<Option<Vec<
         return Err(RootError::TooLarge { path: path.to_owned(), limit });
     }
     Ok(Some(bytes))
+}
+
+/// Opens the directory at `path`, no link being followed on the way; `None` when it is not there.
+pub fn open_directory(root: BorrowedFd, path: &str) -> Result<Option<OwnedFd>, RootError> {
+    let mut at: Option<OwnedFd> = None;
+    for step in Steps::of(path)? {
+        let parent = at.as_ref().map_or(root, AsFd::as_fd);
+        match enter(parent, &step)? {
+            Some(directory) => at = Some(directory),
+            None => return Ok(None),
+        }
+    }
+    at.map_or_else(
+        || root.try_clone_to_owned().map_err(|source| RootError::Io { call: "open", path: path.to_owned(), source }),
+        Ok,
+    )
+    .map(Some)
+}
+
+/// Puts a file of that name into `directory`, whole or not at all, in the place of a file that is there: a link there is
+/// replaced, not followed, and a directory there refused. `shown` is the file's path for messages.
+pub fn put_file(
+    directory: BorrowedFd,
+    name: &str,
+    shown: &str,
+    content: &[u8],
+    owner: (u32, u32),
+) -> Result<(), RootError> {
+    const PASSING: &str = ".berth-new-file";
+    let io = |call: &'static str| move |errno: Errno| RootError::io(call, shown, errno);
+    match rustix::fs::unlinkat(directory, PASSING, AtFlags::empty()) {
+        // Left behind by an attempt that was cut off.
+        Ok(()) | Err(Errno::NOENT) => {}
+        Err(e) => return Err(RootError::io("remove what was left while making", shown, e)),
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(directory, PASSING, flags, Mode::from_raw_mode(0o600)).map_err(io("make"))?;
+    let (uid, gid) = (rustix::fs::Uid::from_raw(owner.0), rustix::fs::Gid::from_raw(owner.1));
+    rustix::fs::fchown(&file, Some(uid), Some(gid)).map_err(io("give an owner to"))?;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644)).map_err(io("set the mode of"))?;
+    let mut file = File::from(file);
+    let written =
+        file.write_all(content).map_err(|source| RootError::Io { call: "write", path: shown.to_owned(), source });
+    let named = written.and_then(|()| rustix::fs::renameat(directory, PASSING, directory, name).map_err(io("name")));
+    if named.is_err() {
+        // What can't be put is not left either; the next attempt removes what stays.
+        let _ = rustix::fs::unlinkat(directory, PASSING, AtFlags::empty());
+    }
+    named
 }
 
 /// One name of a path, with the path up to it for messages.

@@ -6,7 +6,7 @@ use berth::api::condition::ConditionType;
 use serde_json::{Value, json};
 
 use crate::common::{SOON, bot, summary};
-use crate::stage::{Stage, cgroup_file, ip, life, path_in, pid, read_in, says, status};
+use crate::stage::{Stage, cgroup_file, ip, life, message, path_in, pid, read_in, says, status};
 
 /// Ends on TERM at once; says so in the layer, outside of the data.
 const WAITS: &str = "trap 'echo TERM >>/ended; exit 0' TERM; echo x >>/begun; while :; do sleep 1000000 & wait; done";
@@ -170,4 +170,46 @@ async fn what_is_fixed_is_refused() {
             other => panic!("{field}: {other:?}"),
         }
     }
+}
+
+/// Skills are in the data before the process starts, come and go while it runs or is frozen, and belong to the bot.
+#[tokio::test(flavor = "multi_thread")]
+async fn skills_come_and_go_in_the_data_of_a_live_bot() {
+    let stage = Stage::set("skills").await;
+    let skill =
+        |name: &str, content: &str| json!({"name": name, "description": "Search: the \"web\"", "content": content});
+    let file = |bot: &BotContainer, name: &str| path_in(bot, &format!("/data/.skills/{name}/SKILL.md"));
+    let seen = bot("web")
+        .sh("cat /data/.skills/search/SKILL.md >/seen; while :; do sleep 1000000 & wait; done")
+        .with(|spec| spec.skills.push(serde_json::from_value(skill("search", "# How to")).unwrap()))
+        .with(|spec| spec.security_context = serde_json::from_value(json!({"runAsUser": 0})).unwrap());
+    let before = stage.runs(seen).await;
+    let text = "---\nname: \"search\"\ndescription: \"Search: the \\\"web\\\"\"\n---\n\n# How to\n";
+    assert_eq!(read_in(&before, "/seen").await, text, "it is there before the process starts");
+
+    // The bot edits one; another comes, and one is changed in the spec.
+    std::fs::write(file(&before, "search"), "edited at run time").unwrap();
+    stage.edited("web", json!({"skills": [skill("search", "# How to"), skill("mail", "one")]}), Phase::Running).await;
+    assert!(std::fs::read_to_string(file(&before, "mail")).unwrap().ends_with("one\n"));
+    assert_eq!(std::fs::read_to_string(file(&before, "search")).unwrap(), "edited at run time");
+    stage.edited("web", json!({"operatingMode": "Paused"}), Phase::Paused).await;
+    stage.edited("web", json!({"skills": [skill("mail", "two")]}), Phase::Paused).await;
+    assert!(std::fs::read_to_string(file(&before, "mail")).unwrap().ends_with("two\n"), "also while it is frozen");
+    let after = stage.edited("web", json!({"operatingMode": "Running", "skills": null}), Phase::Running).await;
+    assert!(!file(&after, "mail").exists());
+    assert_eq!(std::fs::read_to_string(file(&after, "search")).unwrap(), "edited at run time", "the bot's own now");
+    assert_eq!(status(&after).task, status(&before).task, "skills restarted it: {}", summary(&after));
+
+    // A link of the bot's own making is not followed, and said.
+    let trap = tempfile::tempdir().unwrap();
+    let skills = path_in(&after, "/data/.skills");
+    std::fs::remove_dir_all(&skills).unwrap();
+    std::os::unix::fs::symlink(trap.path(), &skills).unwrap();
+    stage.edit("web", json!({"skills": [skill("search", "three")]})).await;
+    let told = stage.says("web", Phase::Running, "SkillFailed").await;
+    assert!(message(&told, ConditionType::Ready).contains("search"), "{}", summary(&told));
+    assert_eq!(std::fs::read_dir(trap.path()).unwrap().count(), 0);
+    std::fs::remove_file(&skills).unwrap();
+    let mended = stage.says("web", Phase::Running, "AsAsked").await;
+    assert!(std::fs::read_to_string(file(&mended, "search")).unwrap().ends_with("three\n"));
 }

@@ -34,6 +34,8 @@ enum Way {
     Resumed,
     /// Running, with other limits.
     Limited,
+    /// Running, with a skill.
+    Skilled,
     /// Running, with another environment.
     Changed,
     /// Paused -> Stopped.
@@ -76,6 +78,7 @@ fn way(effect: Effect) -> Way {
         Effect::Pause => Way::Paused,
         Effect::Resume => Way::Resumed,
         Effect::LimitsUpdate | Effect::LimitsNote => Way::Limited,
+        Effect::SkillsWrite | Effect::SkillsNote => Way::Skilled,
         Effect::StopNote | Effect::StopSignal | Effect::StopNoteSent | Effect::ReapNote | Effect::ReapDelete => {
             Way::Changed
         }
@@ -155,6 +158,10 @@ impl Scene {
             Way::Paused => self.apply(next.paused()).await,
             Way::Resumed => self.apply(next.mode(OperatingMode::Running)).await,
             Way::Limited => self.apply(next.limit("pids", "77")).await,
+            Way::Skilled => {
+                let skill = serde_json::json!({"name": "search", "content": "# How to"});
+                self.apply(next.with(|spec| spec.skills.push(serde_json::from_value(skill).unwrap()))).await
+            }
             Way::Changed => self.apply(next.env("MORE", "1")).await,
             Way::Stopped | Way::StoppedFrozen | Way::Stubborn | Way::Settled => self.apply(next.stopped()).await,
             Way::Ended => {
@@ -190,13 +197,23 @@ impl Scene {
     async fn reached(&self, way: Way, name: &str, bot: &BotContainer, point: Point) {
         let starts = |n: usize| self.diary(bot).assert_starts(n, point);
         match way {
-            Way::Up | Way::Addressed | Way::Pulled | Way::Resumed | Way::Limited => {
+            Way::Up | Way::Addressed | Way::Pulled | Way::Resumed | Way::Limited | Way::Skilled => {
                 let seen = self.phase(name, Phase::Running).await;
                 self.started(bot, 1).await;
                 starts(1);
                 if way == Way::Limited {
                     let limits = seen.status.unwrap().resources.unwrap().limits;
                     assert_eq!(limits["pids"].0, "77", "{point}");
+                } else if way == Way::Skilled {
+                    let pid = seen.status.unwrap().task.unwrap().pid;
+                    let file = format!("/proc/{pid}/root/data/.skills/search/SKILL.md");
+                    wait_for(format!("{point}: the skill"), SOON, || async {
+                        match std::fs::read_to_string(&file) {
+                            Ok(text) if text.ends_with("# How to\n") => Ok(()),
+                            other => Err(format!("{other:?}")),
+                        }
+                    })
+                    .await;
                 }
             }
             Way::Changed => {
@@ -261,7 +278,7 @@ impl Scene {
 const ENDS_WHEN_TOLD: &str = "while ! [ -e /data/end ]; do usleep 20000; done; echo last words; exit 3";
 
 const UP: &[Way] = &[Way::Up, Way::Addressed, Way::Pulled, Way::Unstartable];
-const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Changed];
+const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Skilled, Way::Changed];
 const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Settled];
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
 

@@ -36,7 +36,7 @@ pub fn ask() -> impl Strategy<Value = Ask> {
             4 => Just(Mode::Running), 3 => Just(Mode::Paused), 2 => Just(Mode::Stopped),
             1 => Just(Mode::Refused), 2 => Just(Mode::Gone),
         ],
-        0..2u8,
+        (0..2u8, 0..2u8),
         0..2u8,
         prop_oneof![5 => Just(0u8), 1 => Just(1)],
         select(vec![RestartPolicy::Always, RestartPolicy::OnFailure, RestartPolicy::Never]),
@@ -44,10 +44,11 @@ pub fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![3 => Just(NetworkMode::Bridge), 1 => Just(NetworkMode::Host), 1 => Just(NetworkMode::None)],
         any::<bool>(),
     )
-        .prop_map(|(mode, env, cpu, image, policy, grace, network, address_in_env)| Ask {
+        .prop_map(|(mode, (env, skill), cpu, image, policy, grace, network, address_in_env)| Ask {
             mode,
             env,
             cpu,
+            skill,
             image,
             policy,
             grace,
@@ -98,6 +99,7 @@ pub fn record() -> impl Strategy<Value = Record> {
                     1 => "not JSON".into(),
                     _ => alive.limits,
                 },
+                skills: alive.skills,
                 image: alive.image.to_string(),
                 digest: "sha256:0".into(),
                 snapshotter: "overlayfs".into(),

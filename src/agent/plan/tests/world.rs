@@ -28,6 +28,7 @@ pub struct Ask {
     pub mode: Mode,
     pub env: u8,
     pub cpu: u8,
+    pub skill: u8,
     pub image: u8,
     pub policy: RestartPolicy,
     pub grace: i64,
@@ -52,6 +53,7 @@ impl Default for Ask {
             mode: Mode::Running,
             env: 0,
             cpu: 0,
+            skill: 0,
             image: 0,
             policy: RestartPolicy::Always,
             grace: 10,
@@ -82,6 +84,7 @@ impl Ask {
             "spec": {
                 "image": image, "env": env, "operatingMode": mode, "restartPolicy": self.policy,
                 "terminationGracePeriodSeconds": self.grace, "network": {"mode": self.network},
+                "skills": [{"name": "search", "content": self.skill.to_string()}],
                 "resources": {"limits": {"cpu": self.cpu.to_string()}},
             },
         }))
@@ -316,6 +319,7 @@ impl World {
                             && fresh
                             && !other_image
                             && record.limits == alive.limits
+                            && record.skills == alive.skills
                             && *output == Output::Drained
                     }
                     State::Paused { kept: crate::api::bot_container::Kept::MemoryAndFiles, .. } => {
@@ -375,6 +379,12 @@ impl World {
                 _ => Err(Ended::Failed("pause: not running")),
             },
             Step::Resume => self.resume(),
+            Step::WriteSkills => {
+                let skills = alive(desired)?.skills.clone();
+                self.may()?;
+                let record = self.ours()?;
+                self.note(Record { skills, ..record })
+            }
             Step::UpdateLimits => {
                 let limits = alive(desired)?.limits.clone();
                 self.may()?;
@@ -505,6 +515,7 @@ impl World {
             bot_id: desired.bot_id.clone(),
             hash: alive.hash.clone(),
             limits: alive.limits.clone(),
+            skills: alive.skills.clone(),
             image: layer.image,
             digest: layer.digest,
             snapshotter: desired.snapshotter.clone(),
