@@ -513,7 +513,12 @@ impl Actor {
         let answer = around(Effect::CreateTask, self.containerd.tasks().create(request)).await;
         match answer.call("create task", id.as_str()) {
             Ok(_) => Ok(Ok(())),
-            Err(error) if error.is_already_exists() => Ok(Ok(())),
+            Err(error) if error.is_already_exists() => {
+                if self.removed_empty_shim(id).await.map_err(StepError::Runtime)? {
+                    return Err(StepError::Changed("a shim without a process was in the way and is removed"));
+                }
+                Ok(Ok(()))
+            }
             Err(error) if is_answer(&error) => Ok(Err(error)),
             Err(error) => Err(StepError::Runtime(error)),
         }
@@ -554,6 +559,24 @@ impl Actor {
         answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
         let noted = Record { limits: alive.limits.clone(), ..record.clone() };
         around(Effect::LimitsNote, self.note(id, &noted)).await
+    }
+
+    /// Removes what is in the way where containerd has a task that it can't find: it was killed between starting the shim
+    /// and telling it what to run. Such a shim never had a process. `false` where there is a task after all.
+    async fn removed_empty_shim(&self, id: &ContainerId) -> Result<bool, CallFailed> {
+        let get = GetTaskRequest { container_id: id.to_string(), exec_id: String::new() };
+        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id.as_str()) {
+            Err(error) if error.is_not_found() => {}
+            Ok(_) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        let delete = DeleteTaskRequest { container_id: id.to_string() };
+        let answer = self.containerd.tasks().delete(self.containerd.request(delete)).await;
+        match answer.call("delete task", id.as_str()) {
+            // The shim says that it knows no process, and is put away for that.
+            Err(error) if error.is_not_found() => Ok(true),
+            done => done.map(|_| true),
+        }
     }
 
     async fn write_skills(&self, work: &Work<'_>) -> Result<(), StepError> {
