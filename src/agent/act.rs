@@ -170,8 +170,8 @@ pub struct Work<'a> {
     pub observed: &'a Observed,
     /// Addresses of this node's bots, once known.
     pub cidr: Option<&'a Cidr>,
-    /// How often this step failed in a row before.
-    pub failures: u32,
+    /// Whether containerd may still be putting away a task of the bot whose creation was cut off.
+    pub leftovers: bool,
 }
 
 impl Work<'_> {
@@ -463,9 +463,8 @@ impl Actor {
         let (connected, created) = tokio::join!(connected, created);
         match created? {
             Ok(()) => connected,
-            // A create that a dead agent left in the middle is still being cleaned up for a moment, and refuses the next. A
-            // bot that is never to run again must not end on that: a refusal is believed when it is repeated.
-            Err(refused) if work.failures < BELIEVED_AFTER => Err(StepError::Runtime(refused)),
+            // What is being put away refuses the next create. A bot that is never to run again must not end on that.
+            Err(refused) if work.leftovers => Err(StepError::Runtime(refused)),
             Err(refused) => self.could_not_start(id, record, refused).await,
         }
     }
@@ -772,9 +771,6 @@ impl Actor {
         answer.call("update container", id.as_str()).map(|_| ()).map_err(StepError::Runtime)
     }
 }
-
-/// A refusal to create a task counts as the attempt's end after so many before it.
-const BELIEVED_AFTER: u32 = 1;
 
 /// Making a task starts a shim and runc and mounts the layer: on a busy node that takes its time.
 const CREATE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);

@@ -188,6 +188,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         bots: bots.clone(),
         cidr: cidr.clone(),
         default_snapshotter: args.snapshotter.clone(),
+        began: Instant::now(),
         steps: Semaphore::new(STEPS_AT_ONCE),
         metrics: metrics.clone(),
         stop: stop.clone(),

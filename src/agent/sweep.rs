@@ -234,7 +234,7 @@ impl Orphan {
             }
             match plan(&desired, &observed, Timestamp::now()) {
                 Next::Do(step) => {
-                    let work = Work { desired: &desired, bot: None, observed: &observed, cidr: None, failures: 0 };
+                    let work = Work { desired: &desired, bot: None, observed: &observed, cidr: None, leftovers: false };
                     shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
                 }
                 Next::Settled { state: State::Removed, .. } => {
