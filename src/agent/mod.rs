@@ -19,7 +19,7 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
-//! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! node.rs    BotNode and Lease          sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -44,6 +44,7 @@ pub mod record;
 pub mod references;
 pub mod root;
 pub mod run;
+pub mod shim;
 pub mod signal;
 pub mod skills;
 pub mod status;
@@ -88,6 +89,7 @@ use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
 use run::{Bot, Loops, Shared};
+use shim::Shims;
 use sweep::Sweeper;
 
 /// How many steps of all bots are under way at once.
@@ -221,8 +223,16 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let api: Api<BotContainer> = Api::all(client.clone());
     let mut objects = std::pin::pin!(watcher(api, config).default_backoff());
     let mut loops = Loops::default();
-    let mut sweeper =
-        Some(Sweeper::new(client, containerd, network, output, vec![args.snapshotter.clone()], args.orphan_grace()));
+    let shims = Shims::new(containerd.clone(), &args.containerd_address, &args.containerd_namespace);
+    let mut sweeper = Some(Sweeper::new(
+        client,
+        containerd,
+        network,
+        output,
+        shims,
+        vec![args.snapshotter.clone()],
+        args.orphan_grace(),
+    ));
     let mut sweeping = tokio::task::JoinSet::new();
     let mut listed = false;
     let mut sweep_at = Instant::now() + Duration::from_secs(5);

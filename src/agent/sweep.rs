@@ -33,6 +33,7 @@ use super::labels;
 use super::observe::Container;
 use super::plan::{Next, State, plan};
 use super::run::Shared;
+use super::shim::Shims;
 
 /// How often is looked.
 pub const EVERY: Duration = Duration::from_secs(180);
@@ -88,6 +89,7 @@ pub struct Sweeper {
     containerd: Containerd,
     network: Network,
     output: Output,
+    shims: Shims,
     snapshotters: Vec<String>,
     grace: Duration,
     since: BTreeMap<BotUid, Instant>,
@@ -100,17 +102,19 @@ impl Sweeper {
         containerd: Containerd,
         network: Network,
         output: Output,
+        shims: Shims,
         snapshotters: Vec<String>,
         grace: Duration,
     ) -> Self {
-        Self { client, containerd, network, output, snapshotters, grace, since: BTreeMap::new() }
+        Self { client, containerd, network, output, shims, snapshotters, grace, since: BTreeMap::new() }
     }
 
-    /// One look; `tended` are the uids that have a loop. Removes nothing.
+    /// One look; `tended` are the uids that have a loop. Removes nothing but shims without a process.
     pub async fn sweep(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
+        let wait = self.shims.sweep().await?.unwrap_or(EVERY);
         let mut strangers = self.local().await?;
         strangers.retain(|uid, _| !tended.contains(uid));
-        let mut found = Found { orphans: Vec::new(), wait: EVERY };
+        let mut found = Found { orphans: Vec::new(), wait };
         if strangers.is_empty() {
             self.since.clear();
             return Ok(found);
