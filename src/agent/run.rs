@@ -48,9 +48,6 @@ const RETRY_MOST: Duration = Duration::from_secs(300);
 /// asked twice.
 const LEFTOVERS: Duration = Duration::from_secs(15);
 
-/// A refusal is believed after so many tries all the same.
-const LEFTOVER_TRIES: u32 = 4;
-
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
 
@@ -397,8 +394,8 @@ impl BotLoop {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
-        let leftovers = Instant::now() < self.leftovers_until && failures < LEFTOVER_TRIES;
-        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers };
+        let leftovers = Instant::now() < self.leftovers_until;
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let _permit = shared.steps.acquire().await;
