@@ -575,7 +575,7 @@ impl Actor {
     /// Where containerd has a task that it can't find: it was killed between starting the shim and telling it what to run.
     /// Such a shim never had a process. `false` where there is a task after all.
     async fn removed_empty_shim(&self, id: &ContainerId) -> Result<bool, CallFailed> {
-        if self.shims.has_task(id).await? {
+        if self.shims.has_task(id.as_str()).await? {
             return Ok(false);
         }
         let delete = DeleteTaskRequest { container_id: id.to_string() };

@@ -7,15 +7,19 @@
 //!   may have made the shim already and not yet said where it listens. Nobody ends that shim, and the next creation
 //!   finds its socket and takes it for its own.
 //! - Who kills containerd then leaves a bundle that it can't put away when it is back: `containerd-shim-* delete` wants a
-//!   file that is written later. The next creation fails, since the bundle's directory is there.
+//!   file that is written later. The next creation fails, since the bundle's directory is there. Or it leaves a shim with
+//!   a container that is made and not started, which containerd gives up when it is back and finds the shim busy.
 //!
-//! [`Shims::clear`] removes what is in the way of one bot, [`Strays`] what is in nobody's way. Neither touches a shim that
-//! has a child, a task's parent, or anything but containerd's files of a bundle: never what is mounted in it.
+//! [`Shims::clear`] removes what is in the way of one bot, [`Strays`] what is in nobody's way. What containerd says it does
+//! not know is put away, whole: nobody could stop it any more, and the bot's next attempt would run beside it. A shim of a
+//! task that containerd knows, or is not sure of, is let be, unless it has neither child nor task. Of a bundle only
+//! containerd's own files are removed, never what is mounted in it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, SystemTime};
 
 use containerd_client::services::v1::{GetRequest as GetTaskRequest, ListTasksRequest};
@@ -24,7 +28,7 @@ use rustix::mount::UnmountFlags;
 use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::time::Instant;
 
-use crate::api::condition::chain;
+use crate::api::condition::{chain, cut};
 use crate::api::ids::ContainerId;
 use crate::containerd::{CallContext as _, CallFailed, Containerd};
 
@@ -32,7 +36,10 @@ use crate::containerd::{CallContext as _, CallFailed, Containerd};
 const GRACE: Duration = Duration::from_secs(30);
 
 /// How long a killed shim may take to be gone.
-const GONE: Duration = Duration::from_secs(2);
+const GONE_SECONDS: i64 = 2;
+
+/// How long a shim's delete command may take.
+const DELETE: Duration = Duration::from_secs(10);
 
 /// A process, told from a later one of the same number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -73,40 +80,40 @@ impl Shims {
     /// Removes what is left of a creation before `since`, where containerd has no task of that id. Says whether there was
     /// anything.
     pub async fn clear(&self, id: &ContainerId, since: SystemTime) -> Result<bool, CallFailed> {
-        if self.has_task(id).await? {
+        if self.has_task(id.as_str()).await? {
             return Ok(false);
         }
-        let (this, name) = (self.clone(), id.to_string());
-        let cleared = tokio::task::spawn_blocking(move || {
-            let seen = this.processes();
-            let shims = strays(&seen, &BTreeSet::new());
-            let mut cleared = false;
-            for (process, _) in shims.into_iter().filter(|(process, of)| *of == name && began(*process) < since) {
-                cleared |= this.end(process, &name);
-            }
-            // A shim that is there still, with a process or too young, needs its bundle.
-            if !this.processes().iter().any(|seen| seen.shim_of.as_deref() == Some(&name)) {
-                cleared |= this.remove_bundle(&name, since);
-            }
-            cleared
-        });
-        Ok(cleared.await.unwrap_or(false))
+        let of_bot = |seen: &Seen| seen.shim_of.as_deref() == Some(id.as_str());
+        let mut cleared = false;
+        for seen in self.processes().await.iter().filter(|seen| of_bot(seen) && began(seen.process) < since) {
+            cleared |= self.end(seen.process, id.as_str()).await;
+        }
+        // A shim that is there still needs its bundle.
+        if !self.processes().await.iter().any(of_bot) {
+            cleared |= self.remove_bundle(id.as_str(), since);
+        }
+        Ok(cleared)
     }
 
     /// Whether containerd has a task of that id that it can find.
-    pub async fn has_task(&self, id: &ContainerId) -> Result<bool, CallFailed> {
-        let get = GetTaskRequest { container_id: id.to_string(), exec_id: String::new() };
-        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id.as_str()) {
+    pub async fn has_task(&self, id: &str) -> Result<bool, CallFailed> {
+        let get = GetTaskRequest { container_id: id.to_owned(), exec_id: String::new() };
+        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id) {
             Ok(_) => Ok(true),
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    fn processes(&self) -> Vec<Seen> {
-        let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-        pids.filter_map(|pid| self.look(pid)).collect()
+    /// All processes of the machine.
+    async fn processes(&self) -> Vec<Seen> {
+        let this = self.clone();
+        let look = move || {
+            let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+            let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+            pids.filter_map(|pid| this.look(pid)).collect()
+        };
+        tokio::task::spawn_blocking(look).await.unwrap_or_default()
     }
 
     /// `None` for a process that is gone meanwhile.
@@ -117,18 +124,48 @@ impl Shims {
         Some(Seen { process: Process { pid, started }, parent, shim_of })
     }
 
-    /// Kills a shim and waits until it is gone. Through a descriptor: the number may be another's by the time of the signal.
-    fn end(&self, process: Process, id: &str) -> bool {
+    /// Puts away a shim's container, kills the shim, and waits until it is gone. Through a descriptor: the number may be
+    /// another's by the time of the signal.
+    async fn end(&self, process: Process, id: &str) -> bool {
         let Some(pid) = i32::try_from(process.pid).ok().and_then(Pid::from_raw) else { return false };
         let Ok(descriptor) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { return false };
+        let program = fs::read_link(format!("/proc/{}/exe", process.pid));
         let still = self.look(process.pid).is_some_and(|seen| seen.process == process && seen.shim_of.is_some());
-        if !still || rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).is_err() {
+        let Ok(program) = program else { return false };
+        if !still {
             return false;
         }
-        let limit = Timespec { tv_sec: i64::try_from(GONE.as_secs()).unwrap_or(1), tv_nsec: 0 };
-        let _ = poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit));
-        tracing::warn!(pid = process.pid, %id, "ended a shim without a process, which containerd does not know");
+        // The file tells that there is a container: its processes, mounts and cgroups go with it.
+        if self.bundles.join(id).join("runtime").exists() {
+            self.delete_container(&program, id).await;
+        }
+        if rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).is_err() {
+            return false;
+        }
+        let gone = tokio::task::spawn_blocking(move || {
+            let limit = Timespec { tv_sec: GONE_SECONDS, tv_nsec: 0 };
+            poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit))
+        });
+        let _ = gone.await;
+        tracing::warn!(pid = process.pid, %id, "ended a shim that containerd does not know");
         true
+    }
+
+    /// As containerd does for a shim that died (runtime v2's `delete` command).
+    async fn delete_container(&self, program: &Path, id: &str) {
+        let bundle = self.bundles.join(id);
+        let mut command = tokio::process::Command::new(program);
+        command.args(["-namespace", &self.namespace, "-address", &self.address, "-id", id, "-bundle"]);
+        command.arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);
+        match tokio::time::timeout(DELETE, command.output()).await {
+            Ok(Ok(output)) if output.status.success() => {}
+            Ok(Ok(output)) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                tracing::warn!(%id, status = %output.status, said = cut(&said, 500), "a container that containerd does not know is not put away");
+            }
+            Ok(Err(error)) => tracing::warn!(%id, error = %chain(&error), "can't run the shim's delete command"),
+            Err(_) => tracing::warn!(%id, "the shim's delete command takes too long"),
+        }
     }
 
     /// Removes a bundle that was made before `since`.
@@ -189,7 +226,7 @@ impl Strays {
     /// One look. Gives when to look again for what is stray now.
     pub async fn sweep(&mut self) -> Result<Option<Duration>, CallFailed> {
         let shims = &self.shims;
-        let seen = shims.processes();
+        let seen = shims.processes().await;
         let bundles: Vec<String> = fs::read_dir(&shims.bundles)
             .into_iter()
             .flatten()
@@ -201,14 +238,19 @@ impl Strays {
         let request = shims.containerd.request(ListTasksRequest::default());
         let tasks = shims.containerd.tasks().list(request).await.call("list", "tasks")?.tasks;
         let pids = tasks.iter().map(|task| task.pid).collect();
-        let mut found: BTreeMap<Stray, String> =
-            strays(&seen, &pids).into_iter().map(|(process, id)| (Stray::Shim(process), id)).collect();
         let known: BTreeSet<&str> = tasks.iter().map(|task| task.id.as_str()).collect();
         let shimmed: BTreeSet<&str> = seen.iter().filter_map(|seen| seen.shim_of.as_deref()).collect();
-        for bundle in bundles {
-            if !known.contains(bundle.as_str()) && !shimmed.contains(bundle.as_str()) {
-                found.insert(Stray::Bundle(bundle.clone()), bundle);
+        // The list leaves out a task whose shim does not answer: only what is asked for by its name is known to be none.
+        let mut unknown = BTreeSet::new();
+        for id in shimmed.iter().copied().chain(bundles.iter().map(String::as_str)).filter(|id| !known.contains(id)) {
+            if matches!(shims.has_task(id).await, Ok(false)) {
+                unknown.insert(id);
             }
+        }
+        let mut found: BTreeMap<Stray, String> =
+            strays(&seen, &pids, &unknown).into_iter().map(|(process, id)| (Stray::Shim(process), id)).collect();
+        for bundle in bundles.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
+            found.insert(Stray::Bundle(bundle.clone()), bundle.clone());
         }
         let now = Instant::now();
         self.since.retain(|stray, _| found.contains_key(stray));
@@ -220,7 +262,7 @@ impl Strays {
                 continue;
             }
             match stray {
-                Stray::Shim(process) => drop(shims.end(process, &id)),
+                Stray::Shim(process) => drop(shims.end(process, &id).await),
                 Stray::Bundle(_) => {
                     let before = SystemTime::now().checked_sub(GRACE).unwrap_or(SystemTime::UNIX_EPOCH);
                     shims.remove_bundle(&id, before);
@@ -240,16 +282,15 @@ fn began(process: Process) -> SystemTime {
     SystemTime::now().checked_sub(up.saturating_sub(started)).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-/// Shims of ours that have no child and are no task's parent, each with the id of its container.
-fn strays(seen: &[Seen], tasks: &BTreeSet<u32>) -> BTreeMap<Process, String> {
+/// Shims of ours that nobody can need, each with the id of its container: those of `unknown` ids, and those that have
+/// neither a child nor a task. `tasks` are the processes that containerd knows.
+fn strays(seen: &[Seen], tasks: &BTreeSet<u32>, unknown: &BTreeSet<&str>) -> BTreeMap<Process, String> {
     let parents: BTreeSet<u32> = seen.iter().map(|seen| seen.parent).collect();
-    let of_tasks: BTreeSet<u32> =
-        seen.iter().filter(|seen| tasks.contains(&seen.process.pid)).map(|seen| seen.parent).collect();
-    // A task whose process is gone from /proc does not tell which shim is its own: then none of them is stray.
+    // A task whose process is gone from /proc does not tell which shim is its own: then each may be.
     let unclear = tasks.iter().any(|task| !seen.iter().any(|seen| seen.process.pid == *task));
     let shims = seen.iter().filter_map(|seen| Some((seen.process, seen.shim_of.clone()?)));
-    let stray = |process: &Process| !unclear && !parents.contains(&process.pid) && !of_tasks.contains(&process.pid);
-    shims.filter(|(process, _)| stray(process)).collect()
+    let idle = |process: &Process| !unclear && !parents.contains(&process.pid);
+    shims.filter(|(process, id)| unknown.contains(id.as_str()) || idle(process)).collect()
 }
 
 /// Parent and start of a process, from `/proc/PID/stat`; the name in it may hold anything but ends at the last bracket.
@@ -277,26 +318,21 @@ mod tests {
 
     const ID: &str = "berth-2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
 
-    fn seen(pid: u32, parent: u32, shim: bool) -> Seen {
-        Seen { process: Process { pid, started: 7 }, parent, shim_of: shim.then(|| ID.to_owned()) }
-    }
-
     #[test]
     fn only_a_shim_that_nobody_can_need_is_stray() {
-        let seen = [
-            seen(10, 1, true),
-            seen(11, 10, false),
-            seen(20, 1, true),
-            seen(30, 1, true),
-            seen(31, 30, false),
-            seen(40, 1, false),
-        ];
-        let pids = |tasks: &[u32]| -> Vec<u32> {
-            strays(&seen, &tasks.iter().copied().collect()).keys().map(|process| process.pid).collect()
+        let process = |pid| Process { pid, started: 7 };
+        let other = "berth-00000000-8f0c-4d7e-9a55-0f6a3d1f2b11";
+        let shim = |pid, of: &str| Seen { process: process(pid), parent: 1, shim_of: Some(of.to_owned()) };
+        let child = |pid, parent| Seen { process: process(pid), parent, shim_of: None };
+        let seen = [shim(10, ID), child(11, 10), shim(20, ID), shim(30, other), child(31, 30), child(40, 1)];
+        let pids = |tasks: &[u32], unknown: &[&str]| -> Vec<u32> {
+            let (tasks, unknown) = (tasks.iter().copied().collect(), unknown.iter().copied().collect());
+            strays(&seen, &tasks, &unknown).keys().map(|process| process.pid).collect()
         };
-        assert_eq!(pids(&[11]), [20], "30 has a child, though containerd does not know it");
-        assert_eq!(pids(&[]), [20]);
-        assert!(pids(&[11, 99]).is_empty(), "a task without a process may be of any of them");
+        assert_eq!(pids(&[11, 31], &[]), [20], "a second shim of a bot, without a process");
+        assert_eq!(pids(&[11], &[]), [20], "not sure of the other's: let be");
+        assert_eq!(pids(&[11], &[other]), [20, 30], "nobody could ever stop what it has made");
+        assert_eq!(pids(&[11, 99], &[]), Vec::<u32>::new(), "a task without a process may be of any of them");
     }
 
     #[test]
