@@ -105,12 +105,30 @@ impl Stage {
         self.agent.leaks()
     }
 
-    /// Messages of the Events of a reason about a bot.
+    /// Messages of the Events of a reason about a bot, one for each time that it was told: a repetition is counted in
+    /// the Event that is there.
     pub async fn events(&self, name: &str, reason: &str) -> Vec<String> {
         let all = self.ns.api::<Event>().list(&ListParams::default()).await.unwrap();
         let about = |event: &Event| event.regarding.as_ref().is_some_and(|r| r.name.as_deref() == Some(name));
         let found = all.items.into_iter().filter(|e| about(e) && e.reason.as_deref() == Some(reason));
-        found.map(|event| event.note.unwrap_or_default()).collect()
+        let times = |event: &Event| event.series.as_ref().map_or(1, |series| usize::try_from(series.count).unwrap());
+        found.flat_map(|e| std::iter::repeat_n(e.note.clone().unwrap_or_default(), times(&e))).collect()
+    }
+
+    /// Waits for the Event of a reason, which comes a moment after the status; it must have been told once.
+    #[track_caller]
+    pub fn told_once(&self, name: &str, reason: &str) -> impl Future<Output = String> {
+        let what = format!("an Event {reason} about {name}");
+        async move {
+            wait_for(what, SOON, || async {
+                match self.events(name, reason).await.as_slice() {
+                    [] => Err("none".to_owned()),
+                    [note] => Ok(note.clone()),
+                    more => panic!("{name}: {reason} was told {} times: {more:?}", more.len()),
+                }
+            })
+            .await
+        }
     }
 }
 

@@ -224,7 +224,14 @@ async fn a_bot_that_fits_nowhere_is_pending_and_says_why() {
     assert_eq!(says(&waits, ConditionType::Scheduled), Some(("False", "Unschedulable")));
     assert_eq!(says(&waits, ConditionType::Reconciling).map(|r| r.0), Some("True"), "{}", summary(&waits));
     let said = crate::stage::message(&waits, ConditionType::Ready);
-    assert!(said.contains(stage.agent.node()), "each node's reason: {said}");
+    assert_eq!(said, "there is no BotNode no-such-node, the only node that may take it");
+    // One that any node might take hears of each why it does not.
+    let selector = [("zone".to_owned(), "mars".to_owned())];
+    stage.ns.apply(bot("picky").with(|spec| spec.node_selector = selector.into_iter().collect())).await;
+    let picky = stage.ns.until("picky", "Pending", SOON, |bot| says_ready(bot) == Some("Unschedulable")).await;
+    let said = crate::stage::message(&picky, ConditionType::Ready);
+    assert!(said.contains(&format!("{}: no label zone (asks mars)", stage.agent.node())), "each node's reason: {said}");
+    stage.ns.delete("picky", SOON).await;
     assert_eq!(stage.agent.leaks().count("containers"), 0);
     // It is not placed yet, so it may be sent elsewhere; and one that never was placed goes at once.
     stage.ns.apply(bot("other").on("no-such-node")).await;
