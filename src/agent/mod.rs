@@ -194,8 +194,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     });
     {
         let (shared, containerd, stop) = (shared.clone(), containerd.clone(), stop.clone());
+        let options = args.disk_options();
         tasks.spawn(async move {
-            disk::keep(shared, containerd, room_sender, stop).await;
+            disk::keep(shared, containerd, options, room_sender, stop).await;
             Ok(())
         });
     }

@@ -118,17 +118,13 @@ impl Stage {
     /// Waits for the Event of a reason, which comes a moment after the status; it must have been told once.
     #[track_caller]
     pub fn told_once(&self, name: &str, reason: &str) -> impl Future<Output = String> {
-        let what = format!("an Event {reason} about {name}");
-        async move {
-            wait_for(what, SOON, || async {
-                match self.events(name, reason).await.as_slice() {
-                    [] => Err("none".to_owned()),
-                    [note] => Ok(note.clone()),
-                    more => panic!("{name}: {reason} was told {} times: {more:?}", more.len()),
-                }
-            })
-            .await
-        }
+        wait_for(format!("an Event {reason} about {name}"), SOON, move || async move {
+            match self.events(name, reason).await.as_slice() {
+                [] => Err("none".to_owned()),
+                [note] => Ok(note.clone()),
+                more => panic!("{name}: {reason} was told {} times: {more:?}", more.len()),
+            }
+        })
     }
 }
 
