@@ -102,7 +102,8 @@ async fn look(
         in_use.extend(bot.status.as_ref().and_then(|s| s.image.as_ref()).and_then(|image| image.digest.clone()));
     }
     let in_use = InUse(in_use);
-    let collected = shared.actor.images.collect(&options.images, &path, &in_use).await.map_err(|error| chain(&error))?;
+    let collected =
+        shared.actor.images.collect(&options.images, &path, &in_use).await.map_err(|error| chain(&error))?;
     if !collected.removed.is_empty() {
         tracing::info!(
             images = ?collected.removed, before = collected.before_percent, after = collected.after_percent,

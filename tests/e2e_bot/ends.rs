@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::common::{SOON, bot, summary};
-use crate::stage::{Stage, life, message, moment, pid, read_in, says, status};
+use crate::stage::{Stage, WAIT, life, message, moment, pid, read_in, says, status};
 
 /// The last end; there must be one.
 #[track_caller]
@@ -101,8 +101,8 @@ async fn the_back_off_is_kept_doubles_and_ends_with_an_edit() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_from_outside_is_told_and_the_bot_restarted_on_its_files() {
     let stage = Stage::set("signal").await;
-    let script = "echo x >>/data/runs; wc -l </data/runs >/data/count; exec sleep 1000000";
-    let first = stage.runs(bot("web").sh(script)).await;
+    let script = format!("echo x >>/data/runs; wc -l </data/runs >/data/count; {WAIT}");
+    let first = stage.runs(bot("web").sh(&script)).await;
     assert_eq!(read_in(&first, "/data/count").await.trim(), "1");
     kill_process(Pid::from_raw(i32::try_from(pid(&first)).unwrap()).unwrap(), Signal::KILL).unwrap();
     let again = stage
@@ -120,7 +120,7 @@ async fn a_signal_from_outside_is_told_and_the_bot_restarted_on_its_files() {
     assert_eq!(happened, ["created", "started", "exited", "started"]);
 
     // Never restarted, a signal is a failure.
-    let never = stage.runs(bot("never").sh("exec sleep 1000000").restart(RestartPolicy::Never)).await;
+    let never = stage.runs(bot("never").sh(WAIT).restart(RestartPolicy::Never)).await;
     kill_process(Pid::from_raw(i32::try_from(pid(&never)).unwrap()).unwrap(), Signal::KILL).unwrap();
     let failed = stage.says("never", Phase::Failed, "Error").await;
     assert_eq!((last(&failed).exit_code, last(&failed).signal), (137, Some(9)));

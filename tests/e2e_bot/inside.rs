@@ -14,11 +14,11 @@ use kube::api::{DeleteParams, ObjectMeta, PostParams};
 use serde_json::{Value, json};
 
 use crate::common::{BotBuilder, SOON, bot, summary};
-use crate::stage::{Stage, ip, life, message, path_in, pid, read_in, says, status, uid};
+use crate::stage::{Stage, WAIT, ip, life, message, path_in, pid, read_in, says, status, uid};
 
 /// A bot that runs a script to its end and then waits; what the script says is to be read with [`said`].
 fn asks(name: &str, script: &str) -> BotBuilder {
-    bot(name).sh(&format!("{{ {script}\n}} >/tmp/new 2>&1; mv /tmp/new /tmp/said; exec sleep 1000000"))
+    bot(name).sh(&format!("{{ {script}\n}} >/tmp/new 2>&1; mv /tmp/new /tmp/said; {WAIT}"))
 }
 
 async fn said(bot: &BotContainer) -> String {

@@ -7,7 +7,7 @@ use berth::api::condition::ConditionType;
 use serde_json::json;
 
 use crate::common::{SOON, bot, get, summary, wait_for};
-use crate::stage::{Stage, ip, page, pid, read_in, says, status};
+use crate::stage::{Stage, WAIT, ip, page, pid, read_in, says, status};
 
 fn namespace_of(pid: &str) -> String {
     std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap().display().to_string()
@@ -29,10 +29,11 @@ async fn each_mode_connects_as_it_says() {
     let left = stage.agent.leaks();
     assert_eq!((left.count("netns"), left.count("addresses")), (0, 0), "{left:?}");
 
-    let script = "ls /sys/class/net >/data/links; httpd -p 8080 -h /data; \
-        printf 'GET /links HTTP/1.0\\r\\n\\r\\n' | nc -w 3 127.0.0.1 8080 >/data/new; mv /data/new /data/loop; \
-        exec sleep 1000000";
-    let none = stage.runs(bot("none").sh(script).with(|spec| spec.network.mode = NetworkMode::None)).await;
+    let script = format!(
+        "ls /sys/class/net >/data/links; httpd -p 8080 -h /data; \
+        printf 'GET /links HTTP/1.0\\r\\n\\r\\n' | nc -w 3 127.0.0.1 8080 >/data/new; mv /data/new /data/loop; {WAIT}"
+    );
+    let none = stage.runs(bot("none").sh(&script).with(|spec| spec.network.mode = NetworkMode::None)).await;
     assert_eq!(read_in(&none, "/data/links").await.trim(), "lo");
     assert!(read_in(&none, "/data/loop").await.contains("200 OK"), "the loopback is up");
     assert_eq!(says(&none, ConditionType::NetworkReady), Some(("True", "NoNetwork")));
@@ -59,12 +60,15 @@ async fn bots_of_a_namespace_reach_each_other_and_no_one_elses() {
     // Not wget: with -T, Debian's static one dies of a segmentation fault before it reads its other arguments.
     let script = format!(
         "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {} 8080 >/data/new 2>/dev/null || echo refused >>/data/new; \
-        mv /data/new /data/said; exec sleep 1000000",
+        mv /data/new /data/said; {WAIT}",
         ip(&server)
     );
     let friend = stage.runs(bot("friend").sh(&script)).await;
     let seen = read_in(&friend, "/data/said").await;
-    assert!(seen.contains("I am server") && !seen.contains("refused"), "a bot of the same namespace does not get through: {seen}");
+    assert!(
+        seen.contains("I am server") && !seen.contains("refused"),
+        "a bot of the same namespace does not get through: {seen}"
+    );
     other.apply(bot("stranger").sh(&script).on(stage.agent.node())).await;
     let stranger = other.ready("stranger", SOON).await;
     let seen = read_in(&stranger, "/data/said").await;

@@ -257,6 +257,13 @@ pub fn well_said(bot: &BotContainer) {
     assert!(seqs.len() <= 32);
 }
 
+/// The end of a script that has nothing more to do, and ends on TERM. Process 1 hears no signal that it has no handler
+/// for: `sleep` in its place would cost the grace period at each stop.
+pub const WAIT: &str = "trap 'exit 0' TERM; while :; do sleep 1000000 & wait; done";
+
+/// Says that it heard TERM, and goes on.
+pub const DEAF: &str = "trap 'echo TERM >>/data/heard' TERM; echo x >/data/begun; while :; do sleep 0.1; done";
+
 /// The time that a thing that must not happen is given to happen: nothing can be waited for here.
 pub async fn moment(length: Duration) {
     tokio::time::sleep(length).await;
