@@ -180,7 +180,7 @@ async fn skills_come_and_go_in_the_data_of_a_live_bot() {
         |name: &str, content: &str| json!({"name": name, "description": "Search: the \"web\"", "content": content});
     let file = |bot: &BotContainer, name: &str| path_in(bot, &format!("/data/.skills/{name}/SKILL.md"));
     let seen = bot("web")
-        .sh("cat /data/.skills/search/SKILL.md >/seen; while :; do sleep 1000000 & wait; done")
+        .sh(&format!("cat /data/.skills/search/SKILL.md >/seen; {WAITS}"))
         .with(|spec| spec.skills.push(serde_json::from_value(skill("search", "# How to")).unwrap()))
         .with(|spec| spec.security_context = serde_json::from_value(json!({"runAsUser": 0})).unwrap());
     let before = stage.runs(seen).await;

@@ -178,7 +178,11 @@ async fn environment_comes_from_secrets_and_config_maps_and_waits_for_those_that
 
 #[tokio::test(flavor = "multi_thread")]
 async fn host_name_time_zone_and_dns_are_as_asked() {
-    let stage = Stage::set_with("names", &[("BERTH_CLUSTER_DNS", "10.96.0.10")]).await;
+    let node = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(node.path(), "nameserver 192.0.2.7\nsearch node.example\n").unwrap();
+    let resolv_conf = node.path().to_str().unwrap();
+    let env = [("BERTH_CLUSTER_DNS", "10.96.0.10"), ("BERTH_RESOLV_CONF", resolv_conf)];
+    let stage = Stage::set_with("names", &env).await;
     let script = "hostname; cat /etc/hostname /etc/hosts; date +%Z; echo TZ=$TZ; cat /etc/resolv.conf";
     let plain = stage.runs(asks("plain", script)).await;
     let seen = said(&plain).await;
@@ -206,6 +210,13 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
         std::fs::read(path_in(&asked, "/etc/localtime")).unwrap(),
         std::fs::read("/usr/share/zoneinfo/Europe/Berlin").unwrap()
     );
+
+    let default = stage.runs(with(asks("default", "cat /etc/resolv.conf"), json!({"dnsPolicy": "Default"}))).await;
+    let seen = said(&default).await;
+    for line in ["nameserver 192.0.2.7", "search node.example"] {
+        assert!(seen.lines().any(|l| l == line), "the node's own, {line:?}, is missing: {seen}");
+    }
+    assert!(!seen.contains("10.96.0.10"), "{seen}");
 
     stage.apply(with(bot("lost"), json!({"timezone": "Europe/Atlantis"}))).await;
     let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;

@@ -1,13 +1,16 @@
 //! The three modes, and addresses that stay.
 
+use std::fs::Permissions;
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use berth::api::bot_container::{NetworkMode, Phase};
 use berth::api::condition::ConditionType;
 use serde_json::json;
 
 use crate::common::{SOON, bot, get, summary, wait_for};
-use crate::stage::{Stage, WAIT, ip, page, pid, read_in, says, status};
+use crate::stage::{Stage, WAIT, ip, message, page, pid, read_in, says, status};
 
 fn namespace_of(pid: &str) -> String {
     std::fs::read_link(format!("/proc/{pid}/ns/net")).unwrap().display().to_string()
@@ -74,4 +77,42 @@ async fn bots_of_a_namespace_reach_each_other_and_no_one_elses() {
     let seen = read_in(&stranger, "/data/said").await;
     assert_eq!(seen.trim(), "refused", "a bot of another namespace got through: {seen}");
     other.delete("stranger", SOON).await;
+}
+
+/// The plugins are taken away, fail, and come back: told each time, with their own words, and mended without an edit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plugin_that_is_missing_or_fails_is_told_and_the_bot_starts_when_it_is_mended() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = |name: &str| dir.path().join(name);
+    let mend = |name: &str| std::fs::copy(Path::new("/usr/lib/cni").join(name), place(name)).unwrap();
+    for name in ["bridge", "loopback"] {
+        mend(name);
+    }
+    let stage = Stage::set_with("plugins", &[("BERTH_CNI_BIN_DIR", dir.path().to_str().unwrap())]).await;
+    stage.apply(bot("web")).await;
+    let missing = stage.says("web", Phase::BackOff, "NetworkFailed").await;
+    assert_eq!(says(&missing, ConditionType::NetworkReady), Some(("False", "NetworkFailed")), "{}", summary(&missing));
+    let words = message(&missing, ConditionType::NetworkReady);
+    assert!(words.contains("host-local") && words.contains(dir.path().to_str().unwrap()), "which, and where: {words}");
+    assert_eq!(status(&missing).task, None);
+    stage.told_once("web", "NetworkFailed").await;
+
+    mend("host-local");
+    let web = stage.ns.ready("web", SOON).await;
+    page(&web).await;
+
+    // What a broken plugin says is what people read; a running bot needs none.
+    let broken = "#!/bin/sh\necho '{\"cniVersion\": \"1.0.0\", \"code\": 100, \"msg\": \"out of order\"}'; exit 1\n";
+    std::fs::remove_file(place("bridge")).unwrap();
+    std::fs::write(place("bridge"), broken).unwrap();
+    std::fs::set_permissions(place("bridge"), Permissions::from_mode(0o755)).unwrap();
+    stage.apply(bot("late")).await;
+    let failed = stage.says("late", Phase::BackOff, "NetworkFailed").await;
+    let words = message(&failed, ConditionType::NetworkReady);
+    assert!(words.contains("out of order"), "{words}");
+    page(&web).await;
+    let again = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
+    assert_eq!(ip(&again), ip(&web), "a restart calls no plugin");
+    mend("bridge");
+    page(&stage.ns.ready("late", SOON).await).await;
 }

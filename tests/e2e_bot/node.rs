@@ -94,6 +94,10 @@ async fn a_node_tells_what_it_is_and_whether_somebody_looks_after_it() {
     assert!(lease.holder_identity.unwrap().starts_with(&name));
     assert_eq!(lease.lease_duration_seconds, Some(40));
 
+    assert_eq!(stage.agent.get("/healthz").await.unwrap().0, 200);
+    let (code, metrics) = stage.agent.get("/metrics").await.unwrap();
+    assert!(code == 200 && metrics.contains("berth_agent_bots 0"), "{code}: {metrics}");
+
     // An agent that is stopped in order says so at once; nobody waits for its Lease.
     stage.agent.stop().await;
     assert_eq!(of(&bot_node(&stage).await, "Ready"), Some(("False".to_owned(), "AgentStopping".to_owned())));
@@ -203,11 +207,18 @@ async fn a_runtime_class_is_waited_for_and_its_handler_must_be_there() {
     classes.delete(&name, &DeleteParams::default()).await.unwrap();
     create("runc").await;
     page(&stage.ns.ready("web", SOON).await).await;
+    // Whoever is placed stays and runs on without its class, but its next start waits for it.
+    let before = stage.ns.ready("web", SOON).await;
     classes.delete(&name, &DeleteParams::default()).await.unwrap();
-    // Whoever is placed stays, also without its class.
     moment(Duration::from_millis(500)).await;
-    let web = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
-    page(&web).await;
+    assert_eq!(stage.ns.ready("web", SOON).await.status, before.status);
+    stage.edit("web", json!({"restartedAt": "2026-11-24T10:00:00Z"})).await;
+    let waits = stage.says("web", Phase::BackOff, "InvalidSpec").await;
+    let why = message(&waits, ConditionType::Ready);
+    assert!(why.contains("spec.runtimeClassName") && why.contains(&name), "{why}");
+    create("runc").await;
+    page(&stage.ns.phase("web", Phase::Running, SOON).await).await;
+    classes.delete(&name, &DeleteParams::default()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
