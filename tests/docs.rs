@@ -4,7 +4,11 @@
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+
+use berth::agent::cost::{Cost, FIELDS};
+use berth::api::condition::Reason;
 
 fn repository() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -104,4 +108,42 @@ fn make_help_lists_every_target_that_is_a_promise() {
         let listed = help.lines().any(|line| line.trim_start().starts_with(&format!("make {name} ")));
         assert!(listed, "make help does not list {name}:\n{help}");
     }
+}
+
+/// A page that is made from the source; `make docs` writes it.
+fn assert_made(path: &str, text: &str) {
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(repository().join(path), text).unwrap();
+    }
+    assert!(read(path) == text, "{path} is not what the source says: run `make docs` and commit");
+}
+
+#[test]
+fn the_page_of_reasons_is_current() {
+    let mut page = "# Reasons\n\nEvery reason of a condition or an Event, and what to do about it. Made from `src/api/condition.rs` by \
+                    `make docs`; `kubectl berth reasons` prints the same, `kubectl berth explain NAME` those of one bot.\n\n\
+                    | reason | what to do |\n| --- | --- |\n"
+        .to_owned();
+    for reason in Reason::ALL {
+        writeln!(page, "| `{}` | {} |", reason.as_str(), reason.advice()).unwrap();
+    }
+    assert_made("docs/reasons.md", &page);
+}
+
+#[test]
+fn the_page_of_costs_is_current() {
+    let mut page = "# What a change of a field costs\n\nEvery field of a BotContainer's `spec`. Made by `make docs` from the table in \
+                    `src/agent/cost.rs`, which the agent's plan reads too.\n\n| field | cost of a change |\n| --- | --- |\n"
+        .to_owned();
+    for (field, cost) in FIELDS {
+        let cost = match cost {
+            Cost::Nothing => "nothing: the process goes on",
+            Cost::Live => "applied to the running process",
+            Cost::Restart => "the process starts again on the same layer, with the same IP",
+            Cost::NewLayer => "a new layer, with the data carried over",
+            Cost::Refused => "refused, always or once the bot is placed",
+        };
+        writeln!(page, "| `{field}` | {cost} |").unwrap();
+    }
+    assert_made("docs/costs.md", &page);
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
+use std::time::SystemTime;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
@@ -34,6 +35,7 @@ use super::observe::{Container, Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
+use super::shim::Shims;
 use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
 
@@ -158,6 +160,8 @@ pub struct Actor {
     pub client: Client,
     /// Makes OCI specs and the files to be mounted.
     pub bundle: Bundle,
+    /// What is left of tasks.
+    pub shims: Shims,
 }
 
 /// What a step works on.
@@ -170,6 +174,8 @@ pub struct Work<'a> {
     pub observed: &'a Observed,
     /// Addresses of this node's bots, once known.
     pub cidr: Option<&'a Cidr>,
+    /// Whether containerd may still be putting away a task of the bot whose creation was cut off.
+    pub leftovers: bool,
     /// How often this step failed in a row before.
     pub failures: u32,
 }
@@ -452,6 +458,7 @@ impl Actor {
     async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let began = SystemTime::from(Timestamp::now());
         let connected =
             async { if connect { around(Effect::CreateConnect, self.connect(work)).await } else { Ok(()) } };
         let created = async {
@@ -463,10 +470,14 @@ impl Actor {
         let (connected, created) = tokio::join!(connected, created);
         match created? {
             Ok(()) => connected,
-            // A create that a dead agent left in the middle is still being cleaned up for a moment, and refuses the next. A
-            // bot that is never to run again must not end on that: a refusal is believed when it is repeated.
-            Err(refused) if work.failures < BELIEVED_AFTER => Err(StepError::Runtime(refused)),
-            Err(refused) => self.could_not_start(id, record, refused).await,
+            Err(refused) => {
+                // What is left of an earlier creation refuses this one. A bot that is never to run again must not end on that.
+                let cleared = self.shims.clear(id, began).await.map_err(StepError::Runtime)?;
+                if work.failures < LEFTOVER_TRIES && (cleared || work.leftovers) {
+                    return Err(StepError::Runtime(refused));
+                }
+                self.could_not_start(id, record, refused).await
+            }
         }
     }
 
@@ -513,7 +524,12 @@ impl Actor {
         let answer = around(Effect::CreateTask, self.containerd.tasks().create(request)).await;
         match answer.call("create task", id.as_str()) {
             Ok(_) => Ok(Ok(())),
-            Err(error) if error.is_already_exists() => Ok(Ok(())),
+            Err(error) if error.is_already_exists() => {
+                if self.removed_empty_shim(id).await.map_err(StepError::Runtime)? {
+                    return Err(StepError::Changed("a shim without a process was in the way and is removed"));
+                }
+                Ok(Ok(()))
+            }
             Err(error) if is_answer(&error) => Ok(Err(error)),
             Err(error) => Err(StepError::Runtime(error)),
         }
@@ -554,6 +570,21 @@ impl Actor {
         answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
         let noted = Record { limits: alive.limits.clone(), ..record.clone() };
         around(Effect::LimitsNote, self.note(id, &noted)).await
+    }
+
+    /// Where containerd has a task that it can't find: it was killed between starting the shim and telling it what to run.
+    /// Such a shim never had a process. `false` where there is a task after all.
+    async fn removed_empty_shim(&self, id: &ContainerId) -> Result<bool, CallFailed> {
+        if self.shims.has_task(id).await? {
+            return Ok(false);
+        }
+        let delete = DeleteTaskRequest { container_id: id.to_string() };
+        let answer = self.containerd.tasks().delete(self.containerd.request(delete)).await;
+        match answer.call("delete task", id.as_str()) {
+            // The shim says that it knows no process, and is put away for that.
+            Err(error) if error.is_not_found() => Ok(true),
+            done => done.map(|_| true),
+        }
     }
 
     async fn write_skills(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -750,8 +781,8 @@ impl Actor {
     }
 }
 
-/// A refusal to create a task counts as the attempt's end after so many before it.
-const BELIEVED_AFTER: u32 = 1;
+/// A refusal to create a task is believed after so many failures all the same.
+const LEFTOVER_TRIES: u32 = 4;
 
 /// Making a task starts a shim and runc and mounts the layer: on a busy node that takes its time.
 const CREATE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -32,6 +32,10 @@ pub struct AgentArgs {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub containerd_address: PathBuf,
+
+    /// containerd's state directory; that of its socket without it.
+    #[arg(long, env = "BERTH_CONTAINERD_STATE", value_name = "DIR")]
+    pub containerd_state: Option<PathBuf>,
 
     /// containerd's namespace for bots. Everything in it is Berth's.
     #[arg(long, env = "BERTH_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "berth")]
@@ -163,6 +167,12 @@ fn pair(text: &str) -> Result<(String, String), String> {
 }
 
 impl AgentArgs {
+    /// containerd's state directory.
+    pub fn containerd_state(&self) -> PathBuf {
+        let beside = || self.containerd_address.parent().map(Path::to_owned);
+        self.containerd_state.clone().or_else(beside).unwrap_or_default()
+    }
+
     /// Where layers are mounted for a moment.
     pub fn mnt_dir(&self) -> PathBuf {
         self.run_dir.join("mnt")

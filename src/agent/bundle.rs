@@ -43,6 +43,10 @@ use super::root::{self, MountFailed};
 use super::signal;
 use super::skills::{self, Skills};
 
+/// Where systemd-resolved writes the servers that stand behind its stub on the node's loopback, which no bot with a network
+/// of its own reaches (systemd-resolved(8); kubelet is set up the same way).
+const BEHIND_THE_STUB: &str = "/run/systemd/resolve/resolv.conf";
+
 /// What is the same for all bots of a node.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -324,6 +328,21 @@ impl Bundle {
         }
     }
 
+    /// The node's own DNS, as a bot with that network can use it.
+    fn node_dns(&self, network: NetworkMode) -> Result<ResolvConf, BundleError> {
+        let read = |path: &Path| match fs::read_to_string(path) {
+            Ok(text) => Ok(ResolvConf::parse(&text)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(ResolvConf::default()),
+            Err(source) => Err(BundleError::File { what: "read", path: path.to_owned(), source }),
+        };
+        let node = read(&self.options.resolv_conf)?;
+        if network == NetworkMode::Host || !node.is_loopback_only() {
+            return Ok(node);
+        }
+        let behind = read(Path::new(BEHIND_THE_STUB))?;
+        Ok(if behind.nameservers.is_empty() { node } else { behind })
+    }
+
     /// Writes the bot's address into its hosts file, which was made before the address was known. In place: the file is
     /// mounted already, and no process reads it yet.
     pub fn tell_address(&self, desired: &Desired, alive: &Alive, network: &Attached) -> Result<(), BundleError> {
@@ -383,12 +402,7 @@ impl Bundle {
             files.insert(HOSTS, File::new("/etc/hosts", hosts_file(hostname, &ips), 0o644));
             files.push(File::new("/etc/hostname", format!("{hostname}\n"), 0o644));
         }
-        let unreadable = |source| BundleError::File { what: "read", path: self.options.resolv_conf.clone(), source };
-        let node = match fs::read_to_string(&self.options.resolv_conf) {
-            Ok(text) => ResolvConf::parse(&text),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => ResolvConf::default(),
-            Err(error) => return Err(unreadable(error)),
-        };
+        let node = self.node_dns(input.alive.network)?;
         let resolved = resolv_conf(
             effective_policy(spec.dns_policy, input.alive.network),
             spec.dns_config.as_ref(),

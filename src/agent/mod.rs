@@ -19,7 +19,7 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
-//! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! node.rs    BotNode and Lease          sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -44,6 +44,7 @@ pub mod record;
 pub mod references;
 pub mod root;
 pub mod run;
+pub mod shim;
 pub mod signal;
 pub mod skills;
 pub mod status;
@@ -88,6 +89,7 @@ use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
 use run::{Bot, Loops, Shared};
+use shim::{Shims, Strays};
 use sweep::Sweeper;
 
 /// How many steps of all bots are under way at once.
@@ -144,6 +146,8 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     }
     let bundle_options = args.bundle_options(&facts, runtimes);
     let files_dir = bundle_options.files_dir.clone();
+    let shims =
+        Shims::new(containerd.clone(), &args.containerd_address, &args.containerd_state(), &args.containerd_namespace);
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
     let (room_sender, room) = watch::channel(None);
     let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room));
@@ -183,11 +187,13 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             output: output.clone(),
             client: client.clone(),
             bundle,
+            shims: shims.clone(),
         },
         publisher: Publisher::new(client.clone(), args.node_name.clone()),
         bots: bots.clone(),
         cidr: cidr.clone(),
         default_snapshotter: args.snapshotter.clone(),
+        began: Instant::now(),
         steps: Semaphore::new(STEPS_AT_ONCE),
         metrics: metrics.clone(),
         stop: stop.clone(),
@@ -221,8 +227,15 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let api: Api<BotContainer> = Api::all(client.clone());
     let mut objects = std::pin::pin!(watcher(api, config).default_backoff());
     let mut loops = Loops::default();
-    let mut sweeper =
-        Some(Sweeper::new(client, containerd, network, output, vec![args.snapshotter.clone()], args.orphan_grace()));
+    let mut sweeper = Some(Sweeper::new(
+        client,
+        containerd,
+        network,
+        output,
+        Strays::new(shims),
+        vec![args.snapshotter.clone()],
+        args.orphan_grace(),
+    ));
     let mut sweeping = tokio::task::JoinSet::new();
     let mut listed = false;
     let mut sweep_at = Instant::now() + Duration::from_secs(5);

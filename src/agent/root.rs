@@ -1,11 +1,13 @@
 //! A descriptor of a layer's root directory, while no process uses the layer.
 
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use containerd_client::types::Mount;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use crate::api::ids::ContainerId;
@@ -35,7 +37,7 @@ pub fn open(mounts: &[Mount], mnt_dir: &Path, id: &ContainerId) -> Result<OwnedF
     let target = mnt_dir.join(id.as_str());
     let failed = |what| {
         let path = target.clone();
-        move |source: rustix::io::Errno| MountFailed::Kernel { what, path, source: source.into() }
+        move |source: Errno| MountFailed::Kernel { what, path, source: source.into() }
     };
     fs::create_dir_all(&target).map_err(|source| MountFailed::Kernel {
         what: "create",
@@ -49,9 +51,9 @@ pub fn open(mounts: &[Mount], mnt_dir: &Path, id: &ContainerId) -> Result<OwnedF
     if mount.r#type == "bind" {
         rustix::mount::mount_bind(mount.source.as_str(), &target).map_err(failed("bind-mount a layer on"))?;
     } else {
-        let data = std::ffi::CString::new(data).map_err(|_| MountFailed::Unknown("a NUL in the options".into()))?;
-        rustix::mount::mount(mount.source.as_str(), &target, mount.r#type.as_str(), flags, Some(data.as_c_str()))
-            .map_err(failed("mount a layer on"))?;
+        let (from, data) = relative(&data).unwrap_or_else(|| (PathBuf::from("/"), data));
+        let data = CString::new(data).map_err(|_| MountFailed::Unknown("a NUL in the options".into()))?;
+        mount_from(&from, mount, &target, flags, &data).map_err(failed("mount a layer on"))?;
     }
     let root = rustix::fs::open(&target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     // Detached at once. A crash between the mount and this leaves a mount, which `remove_leftovers` finds.
@@ -61,6 +63,38 @@ pub fn open(mounts: &[Mount], mnt_dir: &Path, id: &ContainerId) -> Result<OwnedF
     // Best effort: an empty directory is no leak worth failing for, and the next bot start removes it.
     let _ = fs::remove_dir(&target);
     Ok(root)
+}
+
+/// mount(2) takes a page of options, NUL included, and cuts off what is longer without a word (mount(2), "data").
+const OPTIONS_MOST: usize = 4096;
+
+/// Options that are too long for mount(2), with their lower directories relative to the directory that all of them are in:
+/// an image of 60 layers has that many.
+fn relative(data: &str) -> Option<(PathBuf, String)> {
+    if data.len() < OPTIONS_MOST {
+        return None;
+    }
+    let lower = data.split(',').find_map(|option| option.strip_prefix("lowerdir="))?;
+    let first = lower.split(':').next().map(Path::new)?;
+    let common = first.ancestors().find(|dir| lower.split(':').all(|path| Path::new(path).starts_with(dir)))?;
+    let short: Vec<&str> =
+        lower.split(':').filter_map(|path| Path::new(path).strip_prefix(common).ok()?.to_str()).collect();
+    let data = data.replace(&format!("lowerdir={lower}"), &format!("lowerdir={}", short.join(":")));
+    (data.len() < OPTIONS_MOST).then(|| (common.to_owned(), data))
+}
+
+/// mount(2) in a thread with a working directory of its own.
+fn mount_from(from: &Path, mount: &Mount, target: &Path, flags: MountFlags, data: &CStr) -> Result<(), Errno> {
+    if from == Path::new("/") {
+        return rustix::mount::mount(mount.source.as_str(), target, mount.r#type.as_str(), flags, Some(data));
+    }
+    let mounting = || {
+        // SAFETY: only FILES is unsafe to unshare; this takes a working directory for this thread alone.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS)? };
+        rustix::process::chdir(from)?;
+        rustix::mount::mount(mount.source.as_str(), target, mount.r#type.as_str(), flags, Some(data))
+    };
+    std::thread::scope(|scope| scope.spawn(mounting).join().unwrap_or(Err(Errno::IO)))
 }
 
 /// Opens the root directory that a process sees.
@@ -103,4 +137,51 @@ fn options(options: &[String]) -> (MountFlags, String) {
     // Nothing of a bot's tree is ever run or used as a device through this mount.
     flags |= MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     (flags, data.join(","))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::ids::BotUid;
+
+    fn open_overlay(layers: usize) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: String| dir.path().join("a-folder-with-a-name-of-some-length").join(name);
+        let lower: Vec<PathBuf> = (0..layers).map(|n| at(format!("{n}/fs"))).collect();
+        for path in lower.iter().chain(&[at("upper".into()), at("work".into())]) {
+            fs::create_dir_all(path).unwrap();
+        }
+        fs::write(lower.last().unwrap().join("file"), "of the lowest").unwrap();
+        let lower: Vec<&str> = lower.iter().map(|path| path.to_str().unwrap()).collect();
+        let options = [
+            format!("workdir={}", at("work".into()).display()),
+            format!("upperdir={}", at("upper".into()).display()),
+            format!("lowerdir={}", lower.join(":")),
+        ];
+        let mount =
+            Mount { r#type: "overlay".into(), source: "overlay".into(), options: options.into(), ..Mount::default() };
+        let id = BotUid::parse("2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11").unwrap().container_id();
+        let root = open(&[mount], &dir.path().join("mnt"), &id).unwrap();
+        let before = std::env::current_dir().unwrap();
+        let file = crate::oci::rootfs::read_file(std::os::fd::AsFd::as_fd(&root), "/file", 100).unwrap().unwrap();
+        assert_eq!(std::env::current_dir().unwrap(), before);
+        assert_eq!(fs::read_dir(dir.path().join("mnt")).unwrap().count(), 0, "a mount is left in the tree");
+        String::from_utf8(file).unwrap()
+    }
+
+    /// Harm done: the options of an image with some sixty layers were cut off in the middle, and its bots never started.
+    #[test]
+    fn a_layer_on_a_hundred_others_is_opened() {
+        assert_eq!(open_overlay(2), "of the lowest");
+        assert_eq!(open_overlay(125), "of the lowest");
+    }
+
+    #[test]
+    fn short_options_stay_as_they_are() {
+        assert_eq!(relative("lowerdir=/a/1/fs:/a/2/fs,upperdir=/a/3/fs"), None);
+        let many: Vec<String> = (0..400).map(|n| format!("/var/lib/{n}/fs")).collect();
+        let (from, data) = relative(&format!("index=off,lowerdir={},workdir=/w", many.join(":"))).unwrap();
+        assert_eq!(from, Path::new("/var/lib"));
+        assert!(data.starts_with("index=off,lowerdir=0/fs:1/fs:") && data.ends_with(":399/fs,workdir=/w"), "{data}");
+    }
 }

@@ -44,6 +44,10 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// See [`RETRY_FIRST`].
 const RETRY_MOST: Duration = Duration::from_secs(300);
 
+/// How long containerd may take to put away what was half made when its client went: a shim gets 5 s for that, and may be
+/// asked twice.
+const LEFTOVERS: Duration = Duration::from_secs(15);
+
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
 
@@ -61,6 +65,8 @@ pub struct Shared {
     pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
     /// The node's snapshotter.
     pub default_snapshotter: String,
+    /// When the agent began.
+    pub began: Instant,
     /// How many steps may be under way at once.
     pub steps: Semaphore,
     /// Counts.
@@ -205,6 +211,9 @@ struct BotLoop {
     busy_since: Option<Instant>,
     /// The newest object that a write of ours gave back.
     written: Option<Arc<BotContainer>>,
+    /// Until then containerd may still be putting away a task whose creation was cut off, by this agent or one before it.
+    /// A guess that a restart widens, never a fact that it loses.
+    leftovers_until: Instant,
 }
 
 /// How a pass ended.
@@ -217,7 +226,8 @@ enum Pass {
 
 impl BotLoop {
     fn new(shared: Arc<Shared>, bot: Bot, trigger: Arc<Trigger>) -> Self {
-        Self { shared, bot, trigger, retry: None, busy_since: None, written: None }
+        let leftovers_until = shared.began + LEFTOVERS;
+        Self { shared, bot, trigger, retry: None, busy_since: None, written: None, leftovers_until }
     }
 
     async fn run(mut self) {
@@ -295,8 +305,11 @@ impl BotLoop {
                                 self.failed(*step, Reason::RuntimeFailed, error, true, &bot);
                             }
                         }
-                        Err(Failed::Aborted) => {}
+                        Err(Failed::Aborted) => self.leftovers_until = Instant::now() + LEFTOVERS,
                         Err(Failed::Step { reason, message, retryable }) => {
+                            if matches!(step, Step::CreateTask { .. }) {
+                                self.leftovers_until = Instant::now() + LEFTOVERS;
+                            }
                             self.failed(*step, reason, message, retryable, &bot);
                         }
                     }
@@ -381,7 +394,8 @@ impl BotLoop {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
-        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), failures };
+        let leftovers = Instant::now() < self.leftovers_until;
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let _permit = shared.steps.acquire().await;

@@ -93,7 +93,7 @@ impl ResolvConf {
     }
 
     /// Whether every nameserver is on the node's own loopback (systemd-resolved's stub, dnsmasq): of no use to a bot with
-    /// a network of its own. Then the file to read is /run/systemd/resolve/resolv.conf, as for kubelet's `resolvConf`.
+    /// a network of its own.
     pub fn is_loopback_only(&self) -> bool {
         let loopback = |s: &String| s.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
         !self.nameservers.is_empty() && self.nameservers.iter().all(loopback)

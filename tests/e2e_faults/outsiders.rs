@@ -101,6 +101,8 @@ async fn a_layer_removed_by_hand_from_a_stopped_bot_is_made_anew() {
     scene.phase("web", Phase::Stopped).await;
     scene.agent.ctr(["snapshots", "remove", &format!("{}.1", id(&bot))]);
     scene.apply(counting("web")).await;
+    // Until then there is no layer to read in.
+    scene.phase("web", Phase::Running).await;
     scene.again("web", &bot, 1).await;
     scene.end().await;
 }
