@@ -14,7 +14,7 @@ use kube::api::{DeleteParams, ObjectMeta, PostParams};
 use serde_json::{Value, json};
 
 use crate::common::{BotBuilder, SOON, bot, summary};
-use crate::stage::{Stage, WAIT, ip, life, message, path_in, pid, read_in, says, status, uid};
+use crate::stage::{Stage, WAIT, environment, ip, life, message, path_in, pid, read_in, says, status, uid};
 
 /// A bot that runs a script to its end and then waits; what the script says is to be read with [`said`].
 fn asks(name: &str, script: &str) -> BotBuilder {
@@ -172,7 +172,7 @@ async fn environment_comes_from_secrets_and_config_maps_and_waits_for_those_that
     secret(&stage, "bot", &[("token", "second")]).await;
     assert_eq!(life(pid(&stage.ns.ready("web", SOON).await)), process);
     let web = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
-    let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&web))).unwrap();
+    let environ = environment(&web).await;
     assert!(environ.contains("TOKEN=second"), "{environ:?}");
 }
 

@@ -7,7 +7,9 @@ use berth::api::condition::ConditionType;
 use serde_json::json;
 
 use crate::common::{SOON, bot, summary, wait_for};
-use crate::stage::{DEAF, Stage, alive, cgroup_file, ip, life, message, page, path_in, pid, read_in, says, status};
+use crate::stage::{
+    DEAF, Stage, alive, cgroup_file, environment, ip, life, message, page, path_in, pid, read_in, says, status,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_between_the_modes_is_made() {
@@ -163,7 +165,7 @@ async fn a_change_that_needs_a_restart_waits_while_paused() {
     stage.apply(bot("web").env("MODE", "new")).await;
     let running = stage.ns.ready("web", SOON).await;
     assert_ne!(life(pid(&running)), process);
-    let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&running))).unwrap();
+    let environ = environment(&running).await;
     assert!(environ.contains("MODE=new"), "{environ:?}");
     assert!(page(&running).await.contains("started 2 time"));
 }

@@ -183,6 +183,18 @@ pub async fn read_in(bot: &BotContainer, path: &str) -> String {
     .await
 }
 
+/// The environment of a bot's process 1. A started task is runc's own init for a moment, until it executes the bot.
+pub async fn environment(bot: &BotContainer) -> String {
+    let file = format!("/proc/{}/environ", pid(bot));
+    wait_for(&file, SOON, || async {
+        match std::fs::read_to_string(&file) {
+            Ok(text) if !text.is_empty() && !text.contains("_LIBCONTAINER_") => Ok(text),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await
+}
+
 /// The process and when it began, in the kernel's words: two processes are never equal in both.
 #[track_caller]
 pub fn life(pid: u32) -> (u32, String) {

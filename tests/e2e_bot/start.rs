@@ -11,7 +11,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams};
 
 use crate::common::{Cluster, Controller, SOON, bot, run, summary, wait_for};
-use crate::stage::{Stage, ip, life, moment, page, pid, says, status, uid};
+use crate::stage::{Stage, environment, ip, life, moment, page, pid, says, status, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bot_runs_answers_on_its_ip_and_says_so() {
@@ -193,7 +193,7 @@ async fn a_spec_changed_in_the_middle_of_a_start_wins() {
     }
     for i in 0..5 {
         let web = stage.ns.phase(&format!("web-{i}"), Phase::Running, SOON).await;
-        let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&web))).unwrap();
+        let environ = environment(&web).await;
         assert!(environ.contains("GREETING=second"), "{i}: {environ:?}");
         assert_eq!(status(&web).restart_count, Some(0), "an edit is no restart: {}", summary(&web));
     }
