@@ -468,9 +468,11 @@ impl Actor {
             }
         };
         let (connected, created) = tokio::join!(connected, created);
-        match created? {
-            Ok(()) => connected,
-            Err(refused) => {
+        match (connected, created?) {
+            (connected, Ok(())) => connected,
+            // A network that failed takes its namespace along, and the creation under way with it: no fault of the bot's.
+            (Err(failed), Err(_)) => Err(failed),
+            (Ok(()), Err(refused)) => {
                 // What is left of an earlier creation refuses this one. A bot that is never to run again must not end on that.
                 let cleared = self.shims.clear(id, began).await.map_err(StepError::Runtime)?;
                 if work.failures < LEFTOVER_TRIES && (cleared || work.leftovers) {

@@ -200,8 +200,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     });
     {
         let (shared, containerd, stop) = (shared.clone(), containerd.clone(), stop.clone());
+        let options = args.disk_options();
         tasks.spawn(async move {
-            disk::keep(shared, containerd, room_sender, stop).await;
+            disk::keep(shared, containerd, options, room_sender, stop).await;
             Ok(())
         });
     }
@@ -444,7 +445,13 @@ async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop:
         // No deadline: the stream lives as long as containerd.
         *request.metadata_mut() = containerd.request(()).metadata().clone();
         request.metadata_mut().remove("grpc-timeout");
-        match containerd.events().subscribe(request).await {
+        let mut events = containerd.events();
+        // containerd answers with its first event, however long nothing happens.
+        let subscribed = tokio::select! {
+            subscribed = events.subscribe(request) => subscribed,
+            () = stop.cancelled() => return,
+        };
+        match subscribed {
             Ok(stream) => {
                 let mut stream = stream.into_inner();
                 loop {

@@ -194,7 +194,8 @@ impl Loops {
     }
 }
 
-/// A step that failed, and when it is tried again.
+/// A step that failed, and when it is tried again. Other steps may come in between, such as those that clear away what
+/// the failed one left: it has failed until it is done, or is not wanted any more.
 struct Retry {
     trouble: Trouble,
     generation: Option<i64>,
@@ -298,7 +299,7 @@ impl BotLoop {
                                 _ => 1,
                             };
                             last = Some((*step, repeats));
-                            self.retry = None;
+                            self.retry.take_if(|retry| retry.trouble.step == *step);
                             if repeats >= SAME_STEP {
                                 let error =
                                     format!("the step {step} was done {repeats} times and the bot is as before");
@@ -358,12 +359,9 @@ impl BotLoop {
     }
 
     fn must_wait(&mut self, step: Step, bot: &BotContainer) -> Option<Instant> {
-        let retry = self.retry.as_ref()?;
-        // Another step, or an edit: a new situation, which is tried at once.
-        if retry.trouble.step != step || retry.generation != bot.metadata.generation {
-            self.retry = None;
-            return None;
-        }
+        // An edit is a new situation, which is tried at once.
+        self.retry.take_if(|retry| retry.generation != bot.metadata.generation);
+        let retry = self.retry.as_ref().filter(|retry| retry.trouble.step == step)?;
         (Instant::now() < retry.at).then_some(retry.at)
     }
 
@@ -446,7 +444,9 @@ impl BotLoop {
 
     /// Brings the object's status up to what was observed, and tells people of what they want to know.
     async fn tell(&mut self, bot: &Arc<BotContainer>, desired: &Desired, observed: &Observed, next: &Next) {
-        let trouble = self.retry.as_ref().map(|retry| &retry.trouble);
+        // It is told while the step that failed is the one to be done; what comes in between is no trouble.
+        let failed = self.retry.as_ref().filter(|retry| *next == Next::Do(retry.trouble.step));
+        let trouble = failed.map(|retry| &retry.trouble);
         // The object may have moved on while a step was done; what was observed of the world holds all the same, but
         // its generation is that of the spec which was planned for.
         let live = self.current().unwrap_or_else(|| bot.clone());
