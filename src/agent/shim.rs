@@ -18,6 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, SystemTime};
@@ -62,8 +63,8 @@ struct Seen {
 #[derive(Clone, Debug)]
 pub struct Shims {
     containerd: Containerd,
-    /// containerd's socket, as its shims are told.
-    address: String,
+    /// containerd's socket, as we see it.
+    address: PathBuf,
     namespace: String,
     /// Where containerd has the bundles of that namespace: a directory a task.
     bundles: PathBuf,
@@ -72,9 +73,8 @@ pub struct Shims {
 impl Shims {
     /// `address` is containerd's socket, `state` its state directory, `namespace` ours in it.
     pub fn new(containerd: Containerd, address: &Path, state: &Path, namespace: &str) -> Self {
-        let address = address.to_string_lossy().into_owned();
         let bundles = state.join("io.containerd.runtime.v2.task").join(namespace);
-        Self { containerd, address, namespace: namespace.to_owned(), bundles }
+        Self { containerd, address: address.to_owned(), namespace: namespace.to_owned(), bundles }
     }
 
     /// Removes what is left of a creation before `since`, where containerd has no task of that id. Says whether there was
@@ -120,7 +120,11 @@ impl Shims {
     fn look(&self, pid: u32) -> Option<Seen> {
         let (parent, started) = stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
         let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let shim_of = shim_of(&command, &self.namespace, &self.address);
+        // The same socket, by whatever path: another containerd of this machine may have our namespace too, and its processes
+        // may stand in our /proc.
+        let shim_of = shim_of(&command, &self.namespace)
+            .filter(|(_, address)| same_file(&in_root_of(pid, address), &self.address))
+            .map(|(id, _)| id);
         Some(Seen { process: Process { pid, started }, parent, shim_of })
     }
 
@@ -155,8 +159,8 @@ impl Shims {
     async fn delete_container(&self, program: &Path, id: &str) {
         let bundle = self.bundles.join(id);
         let mut command = tokio::process::Command::new(program);
-        command.args(["-namespace", &self.namespace, "-address", &self.address, "-id", id, "-bundle"]);
-        command.arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);
+        command.args(["-namespace", &self.namespace, "-id", id, "-address"]).arg(&self.address);
+        command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);
         match tokio::time::timeout(DELETE, command.output()).await {
             Ok(Ok(output)) if output.status.success() => {}
             Ok(Ok(output)) => {
@@ -299,17 +303,25 @@ fn stat(text: &str) -> Option<(u32, u64)> {
     Some((fields.get(1)?.parse().ok()?, fields.get(19)?.parse().ok()?))
 }
 
-/// The container's id, where a command line is that of a bot's shim of that namespace and containerd.
-fn shim_of(command: &[u8], namespace: &str, address: &str) -> Option<String> {
+/// The container's id and containerd's socket, where a command line is that of a bot's shim in that namespace.
+fn shim_of(command: &[u8], namespace: &str) -> Option<(String, String)> {
     let words: Vec<&str> =
         command.split(|byte| *byte == 0).map(|word| std::str::from_utf8(word).unwrap_or("")).collect();
     let program = Path::new(words.first()?).file_name()?.to_str()?;
     let value = |flag: &str| words.iter().position(|word| *word == flag).and_then(|at| words.get(at + 1)).copied();
-    let ours = program.starts_with("containerd-shim-")
-        && value("-namespace") == Some(namespace)
-        && value("-address") == Some(address);
+    let ours = program.starts_with("containerd-shim-") && value("-namespace") == Some(namespace);
     let id = value("-id").filter(|id| ours && ContainerId::uid_of(id).is_some())?;
-    Some(id.to_owned())
+    Some((id.to_owned(), value("-address")?.to_owned()))
+}
+
+/// A path as a process sees it.
+fn in_root_of(pid: u32, path: &str) -> PathBuf {
+    Path::new(&format!("/proc/{pid}/root")).join(path.trim_start_matches('/'))
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+    id(one).is_some_and(|one| id(other) == Some(one))
 }
 
 #[cfg(test)]
@@ -336,23 +348,32 @@ mod tests {
     }
 
     #[test]
-    fn a_shim_is_told_by_its_command_line() {
-        let line = |namespace: &str, id: &str, address: &str| {
-            format!("/usr/bin/containerd-shim-runc-v2\0-namespace\0{namespace}\0-id\0{id}\0-address\0{address}\0")
+    fn a_shim_is_told_by_its_command_line_and_containerds_socket() {
+        let line = |namespace: &str, id: &str| {
+            format!("/usr/bin/containerd-shim-runc-v2\0-namespace\0{namespace}\0-id\0{id}\0-address\0/run/c.sock\0")
                 .into_bytes()
         };
-        let told = |line: &[u8]| shim_of(line, "berth", "/run/c.sock");
-        assert_eq!(told(&line("berth", ID, "/run/c.sock")).as_deref(), Some(ID));
+        let told = |line: &[u8]| shim_of(line, "berth");
+        assert_eq!(told(&line("berth", ID)), Some((ID.to_owned(), "/run/c.sock".to_owned())));
         for other in [
-            line("k8s.io", ID, "/run/c.sock"),
-            line("berth", ID, "/run/other.sock"),
-            line("berth", "somebodys", "/run/c.sock"),
+            line("k8s.io", ID),
+            line("berth", "somebodys"),
             b"cat\0-namespace\0berth\0".to_vec(),
             b"".to_vec(),
             b"containerd-shim-runc-v2\0-namespace".to_vec(),
         ] {
             assert_eq!(told(&other), None, "{}", String::from_utf8_lossy(&other));
         }
+
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, link, other) = (dir.path().join("a"), dir.path().join("b"), dir.path().join("c"));
+        fs::write(&socket, "").unwrap();
+        fs::write(&other, "").unwrap();
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        let seen = in_root_of(std::process::id(), link.to_str().unwrap());
+        assert!(same_file(&seen, &socket));
+        assert!(!same_file(&seen, &other));
+        assert!(!same_file(&dir.path().join("none"), &dir.path().join("none")), "what is not there is not the same");
     }
 
     #[test]
