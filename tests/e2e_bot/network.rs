@@ -115,4 +115,30 @@ async fn a_plugin_that_is_missing_or_fails_is_told_and_the_bot_starts_when_it_is
     assert_eq!(ip(&again), ip(&web), "a restart calls no plugin");
     mend("bridge");
     page(&stage.ns.ready("late", SOON).await).await;
+
+    // One that hangs is ended with all that it started, and told; nobody else waits for it.
+    let mark = format!("{}", 100_000_000 + u64::from(std::process::id()));
+    let hangs = format!("#!/bin/sh\nsleep {mark} &\nwait\n");
+    let sleeping = || {
+        let found = std::process::Command::new("pgrep").args(["-fx", &format!("sleep {mark}")]).output().unwrap();
+        String::from_utf8(found.stdout).unwrap().lines().count()
+    };
+    std::fs::remove_file(place("bridge")).unwrap();
+    std::fs::write(place("bridge"), hangs).unwrap();
+    std::fs::set_permissions(place("bridge"), Permissions::from_mode(0o755)).unwrap();
+    stage.apply(bot("stuck")).await;
+    wait_for("the plugin hangs", SOON, || async { if sleeping() > 0 { Ok(()) } else { Err("no sleep".to_owned()) } })
+        .await;
+    let other = json!({"network": {"mode": "None"}});
+    stage
+        .runs(bot("other").with(|spec| spec.network = serde_json::from_value(other["network"].clone()).unwrap()))
+        .await;
+    page(&web).await;
+    let stuck = stage.says("stuck", Phase::BackOff, "NetworkFailed").await;
+    let words = message(&stuck, ConditionType::NetworkReady);
+    assert!(words.contains("15"), "how long it was waited for: {words}");
+    std::fs::remove_file(place("bridge")).unwrap();
+    mend("bridge");
+    page(&stage.ns.ready("stuck", SOON).await).await;
+    assert_eq!(sleeping(), 0, "what the plugin started goes on");
 }
