@@ -691,7 +691,12 @@ impl Actor {
     /// Adds the last output to a noted end. Only after the task is deleted has its shim passed on all of it; cut off
     /// before, the end is noted without its last words.
     async fn note_last_output(&self, work: &Work<'_>, began: &Record, mut ended: Record) -> Result<(), StepError> {
-        let Some(last) = ended.last.as_mut().filter(|last| !last.asked) else { return Ok(()) };
+        let Some(last) = ended.last.as_mut().filter(|last| !last.asked) else {
+            // An unfinished last line is the end of this process's words, not the beginning of the next one's.
+            let (output, id) = (self.output.clone(), work.id().clone());
+            let _ = tokio::task::spawn_blocking(move || output.flush(&id)).await;
+            return Ok(());
+        };
         let since = match began.life {
             Life::Started { at } => Some(at),
             Life::Fresh | Life::Ended => None,

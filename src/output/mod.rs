@@ -388,8 +388,9 @@ impl Output {
         Ok(record::text(&tail, since.map(record::Stamp::of).as_ref(), max_bytes))
     }
 
-    /// Asks for a flush without an executor.
-    fn flush(&self, id: &ContainerId) -> io::Result<()> {
+    /// What is in the bot's FIFOs is in its log after this, unfinished lines too. Asks without an executor: it blocks for half
+    /// a second at most.
+    pub fn flush(&self, id: &ContainerId) -> io::Result<()> {
         let mut stream = std::os::unix::net::UnixStream::connect(self.settings().socket_path())?;
         stream.set_read_timeout(Some(LAST_OUTPUT_DEADLINE))?;
         stream.set_write_timeout(Some(LAST_OUTPUT_DEADLINE))?;
