@@ -36,6 +36,9 @@ pub struct Scene {
     servers: Servers,
 }
 
+/// What nobody owns goes within the time that a test waits.
+pub const QUICK_SWEEP: (&str, &str) = ("BERTH_ORPHAN_GRACE_SECONDS", "5");
+
 impl Scene {
     /// One beside others.
     pub async fn new(name: &str) -> Self {
@@ -49,7 +52,7 @@ impl Scene {
 
     /// One that has all servers for itself.
     pub async fn alone(name: &str) -> Self {
-        Self::with(name, Servers::Mine(SERVERS.write().await), &[]).await
+        Self::with(name, Servers::Mine(SERVERS.write().await), &[QUICK_SWEEP]).await
     }
 
     async fn with(name: &str, servers: Servers, env: &[(&str, &str)]) -> Self {

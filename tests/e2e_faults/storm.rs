@@ -7,7 +7,7 @@ use berth::api::bot_container::{OperatingMode, Phase, RestartPolicy};
 use kube::api::DeleteParams;
 
 use crate::common::{BotBuilder, Cluster, SOON, wait_for};
-use crate::scene::{Scene, counting};
+use crate::scene::{QUICK_SWEEP, Scene, counting};
 
 const BOTS: usize = 10;
 const STORM: Duration = Duration::from_secs(20);
@@ -159,7 +159,7 @@ fn seed() -> u64 {
 
 #[tokio::test]
 async fn an_agent_killed_at_random_leaves_what_the_objects_say() {
-    let mut scene = Scene::new("storm").await;
+    let mut scene = Scene::new_with("storm", &[QUICK_SWEEP]).await;
     storm(&mut scene, seed(), false).await;
     scene.end().await;
 }
