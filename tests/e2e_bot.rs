@@ -8,6 +8,7 @@
 //! inside.rs    what the process finds: files, Secrets, environment, user, host name, DNS, time zone, capabilities
 //! images.rs    images that can't be had, and their repair
 //! network.rs   the three modes, and addresses that stay
+//! node.rs      what a node says of itself, and what it takes
 //! output.rs    the log file
 //! survive.rs   agent and containerd go and come back
 //! remove.rs    deletion, orphans, strangers
@@ -34,6 +35,8 @@ mod inside;
 mod modes;
 #[path = "e2e_bot/network.rs"]
 mod network;
+#[path = "e2e_bot/node.rs"]
+mod node;
 #[path = "e2e_bot/output.rs"]
 mod output;
 #[path = "e2e_bot/remove.rs"]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
+use std::time::SystemTime;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
@@ -34,6 +35,7 @@ use super::observe::{Container, Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
+use super::shim::Shims;
 use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
 
@@ -158,6 +160,8 @@ pub struct Actor {
     pub client: Client,
     /// Makes OCI specs and the files to be mounted.
     pub bundle: Bundle,
+    /// What is left of tasks.
+    pub shims: Shims,
 }
 
 /// What a step works on.
@@ -172,6 +176,8 @@ pub struct Work<'a> {
     pub cidr: Option<&'a Cidr>,
     /// Whether containerd may still be putting away a task of the bot whose creation was cut off.
     pub leftovers: bool,
+    /// How often this step failed in a row before.
+    pub failures: u32,
 }
 
 impl Work<'_> {
@@ -452,6 +458,7 @@ impl Actor {
     async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let began = SystemTime::from(Timestamp::now());
         let connected =
             async { if connect { around(Effect::CreateConnect, self.connect(work)).await } else { Ok(()) } };
         let created = async {
@@ -461,11 +468,18 @@ impl Actor {
             }
         };
         let (connected, created) = tokio::join!(connected, created);
-        match created? {
-            Ok(()) => connected,
-            // What is being put away refuses the next create. A bot that is never to run again must not end on that.
-            Err(refused) if work.leftovers => Err(StepError::Runtime(refused)),
-            Err(refused) => self.could_not_start(id, record, refused).await,
+        match (connected, created?) {
+            (connected, Ok(())) => connected,
+            // A network that failed takes its namespace along, and the creation under way with it: no fault of the bot's.
+            (Err(failed), Err(_)) => Err(failed),
+            (Ok(()), Err(refused)) => {
+                // What is left of an earlier creation refuses this one. A bot that is never to run again must not end on that.
+                let cleared = self.shims.clear(id, began).await.map_err(StepError::Runtime)?;
+                if work.failures < LEFTOVER_TRIES && (cleared || work.leftovers) {
+                    return Err(StepError::Runtime(refused));
+                }
+                self.could_not_start(id, record, refused).await
+            }
         }
     }
 
@@ -560,14 +574,11 @@ impl Actor {
         around(Effect::LimitsNote, self.note(id, &noted)).await
     }
 
-    /// Removes what is in the way where containerd has a task that it can't find: it was killed between starting the shim
-    /// and telling it what to run. Such a shim never had a process. `false` where there is a task after all.
+    /// Where containerd has a task that it can't find: it was killed between starting the shim and telling it what to run.
+    /// Such a shim never had a process. `false` where there is a task after all.
     async fn removed_empty_shim(&self, id: &ContainerId) -> Result<bool, CallFailed> {
-        let get = GetTaskRequest { container_id: id.to_string(), exec_id: String::new() };
-        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id.as_str()) {
-            Err(error) if error.is_not_found() => {}
-            Ok(_) => return Ok(false),
-            Err(error) => return Err(error),
+        if self.shims.has_task(id.as_str()).await? {
+            return Ok(false);
         }
         let delete = DeleteTaskRequest { container_id: id.to_string() };
         let answer = self.containerd.tasks().delete(self.containerd.request(delete)).await;
@@ -771,6 +782,9 @@ impl Actor {
         answer.call("update container", id.as_str()).map(|_| ()).map_err(StepError::Runtime)
     }
 }
+
+/// A refusal to create a task is believed after so many failures all the same.
+const LEFTOVER_TRIES: u32 = 4;
 
 /// Making a task starts a shim and runc and mounts the layer: on a busy node that takes its time.
 const CREATE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);

@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use k8s_openapi::api::core::v1::NodeAddress;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::image::{ImageOptions, Mirror};
+use crate::image::{CollectionPolicy, ImageOptions, Mirror};
 use crate::network::{ClusterDns, NetworkOptions};
 use crate::output::OutputOptions;
 
 use super::bundle;
+use super::disk::DiskOptions;
 use super::node::NodeFacts;
 
 /// Runs the bots of one node on its containerd. Ended by TERM; its bots run on.
@@ -31,6 +32,10 @@ pub struct AgentArgs {
         default_value = "/run/containerd/containerd.sock"
     )]
     pub containerd_address: PathBuf,
+
+    /// containerd's state directory; that of its socket without it.
+    #[arg(long, env = "BERTH_CONTAINERD_STATE", value_name = "DIR")]
+    pub containerd_state: Option<PathBuf>,
 
     /// containerd's namespace for bots. Everything in it is Berth's.
     #[arg(long, env = "BERTH_CONTAINERD_NAMESPACE", value_name = "NAME", default_value = "berth")]
@@ -98,6 +103,23 @@ pub struct AgentArgs {
     #[arg(long, env = "BERTH_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 32 << 30)]
     pub max_image_bytes: u64,
 
+    /// Above this much use of the disk under containerd's layers, images that no bot uses are removed. Percent, as
+    /// kubelet's imageGCHighThresholdPercent.
+    #[arg(long, env = "BERTH_IMAGE_GC_HIGH_PERCENT", value_name = "PERCENT", default_value_t = 85, value_parser = percent())]
+    pub image_gc_high_percent: u8,
+
+    /// Removal of unused images ends at this much use. Percent, as kubelet's imageGCLowThresholdPercent.
+    #[arg(long, env = "BERTH_IMAGE_GC_LOW_PERCENT", value_name = "PERCENT", default_value_t = 80, value_parser = percent())]
+    pub image_gc_low_percent: u8,
+
+    /// An image that was asked for, or first seen by this agent, less long ago stays. Seconds.
+    #[arg(long, env = "BERTH_IMAGE_MIN_AGE_SECONDS", value_name = "SECONDS", default_value_t = 120)]
+    pub image_min_age_seconds: u64,
+
+    /// With less free room than this on that disk, the node says DiskPressure and takes no new bots. Percent.
+    #[arg(long, env = "BERTH_DISK_PRESSURE_PERCENT", value_name = "PERCENT", default_value_t = 12, value_parser = percent())]
+    pub disk_pressure_percent: u8,
+
     /// A RuntimeClass handler and containerd's runtime for it, for example `gvisor=io.containerd.runsc.v1`.
     #[arg(long, env = "BERTH_RUNTIME_HANDLER", value_name = "HANDLER=RUNTIME", value_delimiter = ',', value_parser = pair)]
     pub runtime_handler: Vec<(String, String)>,
@@ -131,6 +153,10 @@ pub struct AgentArgs {
     pub health_address: Option<SocketAddr>,
 }
 
+fn percent() -> clap::builder::RangedI64ValueParser<u8> {
+    clap::value_parser!(u8).range(0..=100)
+}
+
 fn pair(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
         Some((handler, runtime)) if !handler.is_empty() && !runtime.is_empty() => {
@@ -141,6 +167,12 @@ fn pair(text: &str) -> Result<(String, String), String> {
 }
 
 impl AgentArgs {
+    /// containerd's state directory.
+    pub fn containerd_state(&self) -> PathBuf {
+        let beside = || self.containerd_address.parent().map(Path::to_owned);
+        self.containerd_state.clone().or_else(beside).unwrap_or_default()
+    }
+
     /// Where layers are mounted for a moment.
     pub fn mnt_dir(&self) -> PathBuf {
         self.run_dir.join("mnt")
@@ -221,6 +253,17 @@ impl AgentArgs {
             max_unpacked_bytes: self.max_image_bytes,
             ..ImageOptions::default()
         }
+    }
+
+    /// For the node's disk.
+    pub fn disk_options(&self) -> DiskOptions {
+        let images = CollectionPolicy {
+            high_percent: self.image_gc_high_percent,
+            low_percent: self.image_gc_low_percent,
+            min_age: Duration::from_secs(self.image_min_age_seconds),
+            snapshotters: vec![self.snapshotter.clone()],
+        };
+        DiskOptions { images, pressure_percent: u64::from(self.disk_pressure_percent) }
     }
 
     /// For containers' specs.

@@ -19,28 +19,38 @@ use super::run::Shared;
 /// How often is looked, as kubelet's image collector.
 const EVERY: Duration = Duration::from_secs(300);
 
-/// Below this much room the node takes no new bots: kubelet's `nodefs.available` is 10 %, and ours must speak first.
-const PRESSURE_PERCENT: u64 = 12;
+/// When something is done about the disk.
+#[derive(Clone, Debug)]
+pub struct DiskOptions {
+    /// When which images go.
+    pub images: CollectionPolicy,
+    /// With less room than this, in percent, the node takes no new bots. By default 12: kubelet's `nodefs.available` is
+    /// 10 %, and ours must speak first.
+    pub pressure_percent: u64,
+}
 
 /// What the BotNode says of the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Room {
     /// Of the file system below containerd's snapshots, in percent, rounded down.
     pub free_percent: u64,
+    /// The least that it is to be.
+    pub pressure_percent: u64,
 }
 
 impl Room {
-    fn of(usage: FsUsage) -> Self {
+    fn of(usage: FsUsage, pressure_percent: u64) -> Self {
         // A size of nothing can't be judged; it counts as room.
         let free = u128::from(usage.available) * 100;
         Self {
             free_percent: free.checked_div(u128::from(usage.capacity)).map_or(100, |p| u64::try_from(p).unwrap_or(100)),
+            pressure_percent,
         }
     }
 
     /// Whether the node takes no new bots for it.
     pub fn is_pressed(self) -> bool {
-        self.free_percent < PRESSURE_PERCENT
+        self.free_percent < self.pressure_percent
     }
 }
 
@@ -48,11 +58,17 @@ impl Room {
 pub async fn keep(
     shared: Arc<Shared>,
     containerd: Containerd,
+    options: DiskOptions,
     room: watch::Sender<Option<Room>>,
     stop: CancellationToken,
 ) {
+    // Which images are in use is known once all bots of this node are. A writer that is gone ends the agent anyway.
+    tokio::select! {
+        _ = shared.bots.wait_until_ready() => {}
+        () = stop.cancelled() => return,
+    }
     loop {
-        if let Err(error) = look(&shared, &containerd, &room).await {
+        if let Err(error) = look(&shared, &containerd, &options, &room).await {
             tracing::warn!(error = %error, "the disk was not looked at, and no image collected; tried again");
         }
         tokio::select! {
@@ -62,7 +78,12 @@ pub async fn keep(
     }
 }
 
-async fn look(shared: &Shared, containerd: &Containerd, room: &watch::Sender<Option<Room>>) -> Result<(), String> {
+async fn look(
+    shared: &Shared,
+    containerd: &Containerd,
+    options: &DiskOptions,
+    room: &watch::Sender<Option<Room>>,
+) -> Result<(), String> {
     let path = snapshots_root(containerd, &shared.default_snapshotter).await.map_err(|error| chain(&error))?;
     let Some(path) = path else {
         return Err(format!(
@@ -80,9 +101,9 @@ async fn look(shared: &Shared, containerd: &Containerd, room: &watch::Sender<Opt
         }
         in_use.extend(bot.status.as_ref().and_then(|s| s.image.as_ref()).and_then(|image| image.digest.clone()));
     }
-    let policy =
-        CollectionPolicy { snapshotters: vec![shared.default_snapshotter.clone()], ..CollectionPolicy::default() };
-    let collected = shared.actor.images.collect(&policy, &path, &InUse(in_use)).await.map_err(|error| chain(&error))?;
+    let in_use = InUse(in_use);
+    let collected =
+        shared.actor.images.collect(&options.images, &path, &in_use).await.map_err(|error| chain(&error))?;
     if !collected.removed.is_empty() {
         tracing::info!(
             images = ?collected.removed, before = collected.before_percent, after = collected.after_percent,
@@ -90,7 +111,7 @@ async fn look(shared: &Shared, containerd: &Containerd, room: &watch::Sender<Opt
         );
     }
     let usage = FsUsage::of(&path).map_err(|error| chain(&error))?;
-    let now = Room::of(usage);
+    let now = Room::of(usage, options.pressure_percent);
     room.send_if_modified(|old| {
         let changed = old.is_none_or(|old| old.is_pressed() != now.is_pressed());
         *old = Some(now);
@@ -113,11 +134,11 @@ mod tests {
 
     #[test]
     fn pressure_begins_before_kubelets() {
-        let room = |available| Room::of(FsUsage { capacity: 1000, available });
+        let room = |available| Room::of(FsUsage { capacity: 1000, available }, 12);
         assert!(!room(500).is_pressed());
         assert!(!room(120).is_pressed());
         assert!(room(119).is_pressed());
         assert!(room(0).is_pressed());
-        assert!(!Room::of(FsUsage { capacity: 0, available: 0 }).is_pressed());
+        assert!(!Room::of(FsUsage { capacity: 0, available: 0 }, 12).is_pressed());
     }
 }

@@ -89,7 +89,7 @@ use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
 use run::{Bot, Loops, Shared};
-use shim::Shims;
+use shim::{Shims, Strays};
 use sweep::Sweeper;
 
 /// How many steps of all bots are under way at once.
@@ -146,6 +146,8 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     }
     let bundle_options = args.bundle_options(&facts, runtimes);
     let files_dir = bundle_options.files_dir.clone();
+    let shims =
+        Shims::new(containerd.clone(), &args.containerd_address, &args.containerd_state(), &args.containerd_namespace);
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
     let (room_sender, room) = watch::channel(None);
     let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room));
@@ -185,6 +187,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             output: output.clone(),
             client: client.clone(),
             bundle,
+            shims: shims.clone(),
         },
         publisher: Publisher::new(client.clone(), args.node_name.clone()),
         bots: bots.clone(),
@@ -197,8 +200,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     });
     {
         let (shared, containerd, stop) = (shared.clone(), containerd.clone(), stop.clone());
+        let options = args.disk_options();
         tasks.spawn(async move {
-            disk::keep(shared, containerd, room_sender, stop).await;
+            disk::keep(shared, containerd, options, room_sender, stop).await;
             Ok(())
         });
     }
@@ -223,13 +227,12 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let api: Api<BotContainer> = Api::all(client.clone());
     let mut objects = std::pin::pin!(watcher(api, config).default_backoff());
     let mut loops = Loops::default();
-    let shims = Shims::new(containerd.clone(), &args.containerd_address, &args.containerd_namespace);
     let mut sweeper = Some(Sweeper::new(
         client,
         containerd,
         network,
         output,
-        shims,
+        Strays::new(shims),
         vec![args.snapshotter.clone()],
         args.orphan_grace(),
     ));
@@ -442,7 +445,13 @@ async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop:
         // No deadline: the stream lives as long as containerd.
         *request.metadata_mut() = containerd.request(()).metadata().clone();
         request.metadata_mut().remove("grpc-timeout");
-        match containerd.events().subscribe(request).await {
+        let mut events = containerd.events();
+        // containerd answers with its first event, however long nothing happens.
+        let subscribed = tokio::select! {
+            subscribed = events.subscribe(request) => subscribed,
+            () = stop.cancelled() => return,
+        };
+        match subscribed {
             Ok(stream) => {
                 let mut stream = stream.into_inner();
                 loop {

@@ -245,6 +245,7 @@ impl Registration {
     /// Keeps BotNode and Lease until `stop`. A failure is logged and tried again: the controller notices a Lease that
     /// runs out, and bots run on.
     pub async fn keep(&self, ready: watch::Sender<bool>, stop: CancellationToken) {
+        let mut room = self.room.clone();
         loop {
             // The status first: a fresh Lease says that what the BotNode claims holds.
             let done = match self.publish().await {
@@ -263,6 +264,8 @@ impl Registration {
             };
             tokio::select! {
                 () = tokio::time::sleep(super::run::jittered(wait)) => {}
+                // A disk that fills up is told at once.
+                Ok(()) = room.changed() => {}
                 () = stop.cancelled() => return,
             }
         }

@@ -48,9 +48,6 @@ const RETRY_MOST: Duration = Duration::from_secs(300);
 /// asked twice.
 const LEFTOVERS: Duration = Duration::from_secs(15);
 
-/// A refusal is believed after so many tries all the same.
-const LEFTOVER_TRIES: u32 = 4;
-
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
 
@@ -197,7 +194,8 @@ impl Loops {
     }
 }
 
-/// A step that failed, and when it is tried again.
+/// A step that failed, and when it is tried again. Other steps may come in between, such as those that clear away what
+/// the failed one left: it has failed until it is done, or is not wanted any more.
 struct Retry {
     trouble: Trouble,
     generation: Option<i64>,
@@ -301,7 +299,7 @@ impl BotLoop {
                                 _ => 1,
                             };
                             last = Some((*step, repeats));
-                            self.retry = None;
+                            self.retry.take_if(|retry| retry.trouble.step == *step);
                             if repeats >= SAME_STEP {
                                 let error =
                                     format!("the step {step} was done {repeats} times and the bot is as before");
@@ -361,12 +359,9 @@ impl BotLoop {
     }
 
     fn must_wait(&mut self, step: Step, bot: &BotContainer) -> Option<Instant> {
-        let retry = self.retry.as_ref()?;
-        // Another step, or an edit: a new situation, which is tried at once.
-        if retry.trouble.step != step || retry.generation != bot.metadata.generation {
-            self.retry = None;
-            return None;
-        }
+        // An edit is a new situation, which is tried at once.
+        self.retry.take_if(|retry| retry.generation != bot.metadata.generation);
+        let retry = self.retry.as_ref().filter(|retry| retry.trouble.step == step)?;
         (Instant::now() < retry.at).then_some(retry.at)
     }
 
@@ -397,8 +392,8 @@ impl BotLoop {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
-        let leftovers = Instant::now() < self.leftovers_until && failures < LEFTOVER_TRIES;
-        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers };
+        let leftovers = Instant::now() < self.leftovers_until;
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let _permit = shared.steps.acquire().await;
@@ -449,7 +444,9 @@ impl BotLoop {
 
     /// Brings the object's status up to what was observed, and tells people of what they want to know.
     async fn tell(&mut self, bot: &Arc<BotContainer>, desired: &Desired, observed: &Observed, next: &Next) {
-        let trouble = self.retry.as_ref().map(|retry| &retry.trouble);
+        // It is told while the step that failed is the one to be done; what comes in between is no trouble.
+        let failed = self.retry.as_ref().filter(|retry| *next == Next::Do(retry.trouble.step));
+        let trouble = failed.map(|retry| &retry.trouble);
         // The object may have moved on while a step was done; what was observed of the world holds all the same, but
         // its generation is that of the spec which was planned for.
         let live = self.current().unwrap_or_else(|| bot.clone());

@@ -425,11 +425,10 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
         add("created", now, None, None);
     }
     // In the order in which they happen: an end belongs to the process before the one that runs now.
-    let ended =
-        |status: &BotContainerStatus| status.last_termination.as_ref().and_then(|last| last.finished_at.clone());
+    let ended_anew = old.last_termination != new.last_termination;
     // A restart in place of the process that ran: there was an end, though in the same second as the one before.
     let replaced = old.task.is_some() && old.restart_count < new.restart_count;
-    if let Some(last) = new.last_termination.as_ref().filter(|_| ended(old) != ended(new) || replaced) {
+    if let Some(last) = new.last_termination.as_ref().filter(|_| ended_anew || replaced) {
         let type_ = if last.reason == Reason::OOMKilled.as_str() { "oom_killed" } else { "exited" };
         let at = last.finished_at.as_ref().map_or(now, |at| at.0);
         add(type_, at, Some(last.exit_code), None);

@@ -33,7 +33,7 @@ use super::labels;
 use super::observe::Container;
 use super::plan::{Next, State, plan};
 use super::run::Shared;
-use super::shim::Shims;
+use super::shim::Strays;
 
 /// How often is looked.
 pub const EVERY: Duration = Duration::from_secs(180);
@@ -89,7 +89,7 @@ pub struct Sweeper {
     containerd: Containerd,
     network: Network,
     output: Output,
-    shims: Shims,
+    strays: Strays,
     snapshotters: Vec<String>,
     grace: Duration,
     since: BTreeMap<BotUid, Instant>,
@@ -102,16 +102,16 @@ impl Sweeper {
         containerd: Containerd,
         network: Network,
         output: Output,
-        shims: Shims,
+        strays: Strays,
         snapshotters: Vec<String>,
         grace: Duration,
     ) -> Self {
-        Self { client, containerd, network, output, shims, snapshotters, grace, since: BTreeMap::new() }
+        Self { client, containerd, network, output, strays, snapshotters, grace, since: BTreeMap::new() }
     }
 
-    /// One look; `tended` are the uids that have a loop. Removes nothing but shims without a process.
+    /// One look; `tended` are the uids that have a loop. Removes nothing but what is left of tasks.
     pub async fn sweep(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
-        let wait = self.shims.sweep().await?.unwrap_or(EVERY);
+        let wait = self.strays.sweep().await?.unwrap_or(EVERY);
         let mut strangers = self.local().await?;
         strangers.retain(|uid, _| !tended.contains(uid));
         let mut found = Found { orphans: Vec::new(), wait };
@@ -238,7 +238,14 @@ impl Orphan {
             }
             match plan(&desired, &observed, Timestamp::now()) {
                 Next::Do(step) => {
-                    let work = Work { desired: &desired, bot: None, observed: &observed, cidr: None, leftovers: false };
+                    let work = Work {
+                        desired: &desired,
+                        bot: None,
+                        observed: &observed,
+                        cidr: None,
+                        leftovers: false,
+                        failures: 0,
+                    };
                     shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
                 }
                 Next::Settled { state: State::Removed, .. } => {

@@ -503,6 +503,15 @@ impl Agent {
         self.part.start().await;
     }
 
+    /// A second agent of this node, as after a node's DaemonSet was installed twice. It is started, and not waited for.
+    pub fn twin(&self) -> Twin {
+        let mut env = self.part.env.clone();
+        env.insert("BERTH_PART".to_owned(), format!("{}:twin-{}", self.cluster.dir.display(), self.node));
+        let mut part = Part::new(format!("twin-{}", self.node), "agent", env, &self.cluster.dir.join("log"));
+        part.spawn();
+        Twin { part }
+    }
+
     /// `/healthz`, `/readyz` or `/metrics`: status and body.
     pub async fn get(&self, path: &str) -> Result<(u16, String), String> {
         get(self.part.health, path).await
@@ -547,6 +556,27 @@ impl Drop for Agent {
         let output = hack_cluster("node-gone", &self.cluster.dir).arg(&self.node).output().unwrap();
         if !output.status.success() {
             eprintln!("node {} was not removed: {}", self.node, both(&output));
+        }
+    }
+}
+
+/// A second agent of one node; killed when dropped.
+#[derive(Debug)]
+pub struct Twin {
+    part: Part,
+}
+
+impl Twin {
+    /// `/healthz`, `/readyz` or `/metrics`: status and body.
+    pub async fn get(&self, path: &str) -> Result<(u16, String), String> {
+        get(self.part.health, path).await
+    }
+}
+
+impl Drop for Twin {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("---- {}, its last words:\n{}", self.part.name, tail(&self.part.log, 40));
         }
     }
 }
@@ -786,17 +816,17 @@ impl Drop for Namespace {
             eprintln!("kept: namespace {} of {}", self.name, self.cluster.dir.join("env").display());
             return;
         }
-        // Waits for bots that have something to be taken down, while their agent still runs; for nothing else.
         let kubectl = |args: [&str; 4]| {
             let mut command = self.cluster.command(self.cluster.dir.join("bin/kubectl"));
-            command.args(["--namespace", &self.name]).args(args).output().unwrap()
+            let output = command.args(["--namespace", &self.name]).args(args).output().unwrap();
+            if !output.status.success() {
+                eprintln!("namespace {}: {args:?}: {}", self.name, both(&output));
+            }
         };
-        let held = kubectl(["get", "botcontainers", "--output", "jsonpath={.items[*].metadata.finalizers}"]);
-        let limit = if held.stdout.is_empty() { "--wait=false" } else { "--timeout=30s" };
-        let output = kubectl(["delete", "namespace", &self.name, limit]);
-        if !output.status.success() {
-            eprintln!("namespace {} was not deleted: {}", self.name, both(&output));
-        }
+        // Waits for the bots, while their agent still runs, and for nothing else: the namespace's own deletion looks for
+        // every kind of object that there is, which takes seconds.
+        kubectl(["delete", "botcontainers", "--all", "--timeout=30s"]);
+        kubectl(["delete", "namespace", &self.name, "--wait=false"]);
     }
 }
 

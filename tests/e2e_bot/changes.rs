@@ -6,14 +6,10 @@ use berth::api::condition::ConditionType;
 use serde_json::{Value, json};
 
 use crate::common::{SOON, bot, summary};
-use crate::stage::{Stage, cgroup_file, ip, life, message, path_in, pid, read_in, says, status};
+use crate::stage::{Stage, cgroup_file, environment, ip, life, message, path_in, pid, read_in, says, status};
 
 /// Ends on TERM at once; says so in the layer, outside of the data.
 const WAITS: &str = "trap 'echo TERM >>/ended; exit 0' TERM; echo x >>/begun; while :; do sleep 1000000 & wait; done";
-
-fn environment(bot: &BotContainer) -> String {
-    std::fs::read_to_string(format!("/proc/{}/environ", pid(bot))).unwrap()
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_needs_a_restart_restarts_on_the_same_layer_with_the_same_address() {
@@ -51,7 +47,7 @@ async fn what_needs_a_restart_restarts_on_the_same_layer_with_the_same_address()
         assert_eq!(last.exit_code, 0, "{what}: it was asked to end, and did: {last:?}");
         before = after;
     }
-    assert!(!environment(&before).contains("MODE="));
+    assert!(!environment(&before).await.contains("MODE="));
     assert_eq!(std::fs::read_link(format!("/proc/{}/cwd", pid(&before))).unwrap().to_str(), Some("/tmp"));
     assert_eq!(stage.agent.leaks().count("tasks"), 1);
 
@@ -180,7 +176,7 @@ async fn skills_come_and_go_in_the_data_of_a_live_bot() {
         |name: &str, content: &str| json!({"name": name, "description": "Search: the \"web\"", "content": content});
     let file = |bot: &BotContainer, name: &str| path_in(bot, &format!("/data/.skills/{name}/SKILL.md"));
     let seen = bot("web")
-        .sh("cat /data/.skills/search/SKILL.md >/seen; while :; do sleep 1000000 & wait; done")
+        .sh(&format!("cat /data/.skills/search/SKILL.md >/seen; {WAITS}"))
         .with(|spec| spec.skills.push(serde_json::from_value(skill("search", "# How to")).unwrap()))
         .with(|spec| spec.security_context = serde_json::from_value(json!({"runAsUser": 0})).unwrap());
     let before = stage.runs(seen).await;

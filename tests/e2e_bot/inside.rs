@@ -14,11 +14,11 @@ use kube::api::{DeleteParams, ObjectMeta, PostParams};
 use serde_json::{Value, json};
 
 use crate::common::{BotBuilder, SOON, bot, summary};
-use crate::stage::{Stage, ip, life, message, path_in, pid, read_in, says, status, uid};
+use crate::stage::{Stage, WAIT, environment, ip, life, message, path_in, pid, read_in, says, status, uid};
 
 /// A bot that runs a script to its end and then waits; what the script says is to be read with [`said`].
 fn asks(name: &str, script: &str) -> BotBuilder {
-    bot(name).sh(&format!("{{ {script}\n}} >/tmp/new 2>&1; mv /tmp/new /tmp/said; exec sleep 1000000"))
+    bot(name).sh(&format!("{{ {script}\n}} >/tmp/new 2>&1; mv /tmp/new /tmp/said; {WAIT}"))
 }
 
 async fn said(bot: &BotContainer) -> String {
@@ -149,7 +149,7 @@ async fn environment_comes_from_secrets_and_config_maps_and_waits_for_those_that
     let waits = stage.says("web", Phase::BackOff, "ConfigNotFound").await;
     let words = message(&waits, ConditionType::Ready);
     assert!(words.contains("\"bot\"") && words.contains("spec.env[1]"), "which one, and where: {words}");
-    assert_eq!(stage.events("web", "ConfigNotFound").await.len(), 1);
+    stage.told_once("web", "ConfigNotFound").await;
     assert_eq!(stage.agent.leaks().count("tasks"), 0);
 
     // The Secret without the key, then with it.
@@ -172,13 +172,17 @@ async fn environment_comes_from_secrets_and_config_maps_and_waits_for_those_that
     secret(&stage, "bot", &[("token", "second")]).await;
     assert_eq!(life(pid(&stage.ns.ready("web", SOON).await)), process);
     let web = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
-    let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&web))).unwrap();
+    let environ = environment(&web).await;
     assert!(environ.contains("TOKEN=second"), "{environ:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn host_name_time_zone_and_dns_are_as_asked() {
-    let stage = Stage::set_with("names", &[("BERTH_CLUSTER_DNS", "10.96.0.10")]).await;
+    let node = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(node.path(), "nameserver 192.0.2.7\nsearch node.example\n").unwrap();
+    let resolv_conf = node.path().to_str().unwrap();
+    let env = [("BERTH_CLUSTER_DNS", "10.96.0.10"), ("BERTH_RESOLV_CONF", resolv_conf)];
+    let stage = Stage::set_with("names", &env).await;
     let script = "hostname; cat /etc/hostname /etc/hosts; date +%Z; echo TZ=$TZ; cat /etc/resolv.conf";
     let plain = stage.runs(asks("plain", script)).await;
     let seen = said(&plain).await;
@@ -206,6 +210,13 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
         std::fs::read(path_in(&asked, "/etc/localtime")).unwrap(),
         std::fs::read("/usr/share/zoneinfo/Europe/Berlin").unwrap()
     );
+
+    let default = stage.runs(with(asks("default", "cat /etc/resolv.conf"), json!({"dnsPolicy": "Default"}))).await;
+    let seen = said(&default).await;
+    for line in ["nameserver 192.0.2.7", "search node.example"] {
+        assert!(seen.lines().any(|l| l == line), "the node's own, {line:?}, is missing: {seen}");
+    }
+    assert!(!seen.contains("10.96.0.10"), "{seen}");
 
     stage.apply(with(bot("lost"), json!({"timezone": "Europe/Atlantis"}))).await;
     let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;

@@ -7,7 +7,9 @@ use berth::api::condition::ConditionType;
 use serde_json::json;
 
 use crate::common::{SOON, bot, summary, wait_for};
-use crate::stage::{Stage, alive, cgroup_file, ip, life, message, page, path_in, pid, says, status};
+use crate::stage::{
+    DEAF, Stage, alive, cgroup_file, environment, ip, life, message, page, path_in, pid, read_in, says, status,
+};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_between_the_modes_is_made() {
@@ -72,6 +74,40 @@ async fn every_change_between_the_modes_is_made() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_bot_that_ignores_term_is_stopping_until_its_grace_is_over() {
+    let stage = Stage::set("stopping").await;
+    let deaf = stage.runs(bot("deaf").sh(DEAF).grace(4)).await;
+    read_in(&deaf, "/data/begun").await;
+    let stopping = stage.edited("deaf", json!({"operatingMode": "Stopped"}), Phase::Stopping).await;
+    assert_eq!(says(&stopping, ConditionType::Ready), Some(("False", "Stopping")));
+    assert_eq!(says(&stopping, ConditionType::Reconciling), Some(("True", "Stopping")));
+    assert_eq!(
+        says(&stopping, ConditionType::Running),
+        Some(("True", "Running")),
+        "it does run: {}",
+        summary(&stopping)
+    );
+    assert_eq!(life(pid(&stopping)), life(pid(&deaf)));
+    assert_eq!(read_in(&deaf, "/data/heard").await.trim(), "TERM");
+    // What is asked meanwhile changes nothing about this end: the process was told to go, and another comes after it.
+    let again = stage.edited("deaf", json!({"operatingMode": "Running"}), Phase::Running).await;
+    assert_ne!(status(&again).task, status(&deaf).task);
+    assert!(!alive(pid(&deaf)));
+    assert_eq!(status(&again).restart_count, Some(0), "an end that was asked for: {}", summary(&again));
+    let last = status(&again).last_termination.as_ref().unwrap();
+    assert_eq!((last.exit_code, last.signal), (137, Some(9)), "TERM, and KILL after the grace: {last:?}");
+    let lasted = last.finished_at.as_ref().unwrap().0.duration_since(last.started_at.as_ref().unwrap().0);
+    assert!(lasted.as_secs() >= 3, "API times have whole seconds: {lasted}");
+    // A frozen one has its grace as well.
+    read_in(&again, "/data/begun").await;
+    stage.edited("deaf", json!({"operatingMode": "Paused"}), Phase::Paused).await;
+    stage.edited("deaf", json!({"operatingMode": "Stopped"}), Phase::Stopping).await;
+    let stopped = stage.ns.phase("deaf", Phase::Stopped, SOON).await;
+    assert_eq!(says(&stopped, ConditionType::Ready), Some(("True", "Stopped")));
+    assert_eq!(status(&stopped).last_termination.as_ref().unwrap().signal, Some(9));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn created_paused_is_made_and_not_started() {
     let stage = Stage::set("cpaused").await;
     let paused = stage.ready(bot("web").paused()).await;
@@ -129,7 +165,7 @@ async fn a_change_that_needs_a_restart_waits_while_paused() {
     stage.apply(bot("web").env("MODE", "new")).await;
     let running = stage.ns.ready("web", SOON).await;
     assert_ne!(life(pid(&running)), process);
-    let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&running))).unwrap();
+    let environ = environment(&running).await;
     assert!(environ.contains("MODE=new"), "{environ:?}");
     assert!(page(&running).await.contains("started 2 time"));
 }
@@ -160,7 +196,7 @@ async fn modes_changed_in_a_hurry_end_where_the_last_one_says() {
 async fn a_paused_bot_does_nothing_and_keeps_its_memory() {
     let stage = Stage::set("frozen").await;
     // Counts in memory, and writes the count down: a process that was started anew would begin at 1.
-    let count = "i=0; while :; do i=$((i+1)); echo $i >/data/n.new; mv /data/n.new /data/n; usleep 20000; done";
+    let count = "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i >/data/n.new; mv /data/n.new /data/n; usleep 20000; done";
     let running = stage.runs(bot("counter").sh(count)).await;
     let file = path_in(&running, "/data/n");
     let read = || std::fs::read_to_string(&file).ok().and_then(|n| n.trim().parse::<u64>().ok());

@@ -6,7 +6,7 @@ use std::time::Duration;
 use berth::api::BotContainer;
 
 use crate::common::{SOON, bot, wait_for};
-use crate::stage::{Stage, uid};
+use crate::stage::{Stage, WAIT, uid};
 
 /// The folder of a bot's log.
 fn folder(stage: &Stage, bot: &BotContainer) -> PathBuf {
@@ -30,8 +30,8 @@ fn records(text: &str) -> Vec<(String, String, String)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn both_streams_come_into_a_cri_log_and_stay_over_a_restart() {
     let mut stage = Stage::set("log").await;
-    let script = "echo out; echo err >&2; printf 'no newline'; exec sleep 1000000";
-    let web = stage.runs(bot("web").sh(script)).await;
+    let script = format!("echo out; echo err >&2; printf 'no newline'; {WAIT}");
+    let web = stage.runs(bot("web").sh(&script)).await;
     let log = folder(&stage, &web).join("0.log");
     let has = |wanted: (&str, &str, &str), times: usize| {
         let log = log.clone();
@@ -71,7 +71,7 @@ async fn both_streams_come_into_a_cri_log_and_stay_over_a_restart() {
 async fn a_flood_is_rotated_bounded_and_goes_on_while_the_agent_is_away() {
     let bounds = [("BERTH_LOG_FILE_BYTES", "131072"), ("BERTH_LOG_FILES", "3")];
     let mut stage = Stage::set_with("flood", &bounds).await;
-    let script = "i=0; while :; do i=$((i+1)); echo $i xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx; \
+    let script = "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx; \
         [ $((i % 500)) -eq 0 ] && echo $i >/data/new && mv /data/new /data/n; done";
     let flood = stage.runs(bot("flood").sh(script).limit("cpu", "500m")).await;
     let dir = folder(&stage, &flood);

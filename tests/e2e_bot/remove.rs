@@ -7,10 +7,7 @@ use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
 use crate::common::{SOON, bot, summary, wait_for};
-use crate::stage::{Stage, alive, life, message, moment, page, pid, read_in, uid};
-
-/// Says that it heard TERM, and goes on.
-const DEAF: &str = "trap 'echo TERM >>/data/heard' TERM; echo x >/data/begun; while :; do sleep 0.1; done";
+use crate::stage::{DEAF, Stage, alive, life, message, moment, page, pid, read_in, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {

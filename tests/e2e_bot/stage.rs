@@ -105,12 +105,26 @@ impl Stage {
         self.agent.leaks()
     }
 
-    /// Messages of the Events of a reason about a bot.
+    /// Messages of the Events of a reason about a bot, one for each time that it was told: a repetition is counted in
+    /// the Event that is there.
     pub async fn events(&self, name: &str, reason: &str) -> Vec<String> {
         let all = self.ns.api::<Event>().list(&ListParams::default()).await.unwrap();
         let about = |event: &Event| event.regarding.as_ref().is_some_and(|r| r.name.as_deref() == Some(name));
         let found = all.items.into_iter().filter(|e| about(e) && e.reason.as_deref() == Some(reason));
-        found.map(|event| event.note.unwrap_or_default()).collect()
+        let times = |event: &Event| event.series.as_ref().map_or(1, |series| usize::try_from(series.count).unwrap());
+        found.flat_map(|e| std::iter::repeat_n(e.note.clone().unwrap_or_default(), times(&e))).collect()
+    }
+
+    /// Waits for the Event of a reason, which comes a moment after the status; it must have been told once.
+    #[track_caller]
+    pub fn told_once(&self, name: &str, reason: &str) -> impl Future<Output = String> {
+        wait_for(format!("an Event {reason} about {name}"), SOON, move || async move {
+            match self.events(name, reason).await.as_slice() {
+                [] => Err("none".to_owned()),
+                [note] => Ok(note.clone()),
+                more => panic!("{name}: {reason} was told {} times: {more:?}", more.len()),
+            }
+        })
     }
 }
 
@@ -164,6 +178,18 @@ pub async fn read_in(bot: &BotContainer, path: &str) -> String {
             Ok(text) if !text.is_empty() => Ok(text),
             Ok(_) => Err("empty".to_owned()),
             Err(e) => Err(e.to_string()),
+        }
+    })
+    .await
+}
+
+/// The environment of a bot's process 1. A started task is runc's own init for a moment, until it executes the bot.
+pub async fn environment(bot: &BotContainer) -> String {
+    let file = format!("/proc/{}/environ", pid(bot));
+    wait_for(&file, SOON, || async {
+        match std::fs::read_to_string(&file) {
+            Ok(text) if !text.is_empty() && !text.contains("_LIBCONTAINER_") => Ok(text),
+            other => Err(format!("{other:?}")),
         }
     })
     .await
@@ -242,6 +268,13 @@ pub fn well_said(bot: &BotContainer) {
     assert!(seqs.windows(2).all(|pair| pair[1] == pair[0] + 1), "{:?}", status.transitions);
     assert!(seqs.len() <= 32);
 }
+
+/// The end of a script that has nothing more to do, and ends on TERM. Process 1 hears no signal that it has no handler
+/// for: `sleep` in its place would cost the grace period at each stop.
+pub const WAIT: &str = "trap 'exit 0' TERM; while :; do sleep 1000000 & wait; done";
+
+/// Says that it heard TERM, and goes on.
+pub const DEAF: &str = "trap 'echo TERM >>/data/heard' TERM; echo x >/data/begun; while :; do sleep 0.1; done";
 
 /// The time that a thing that must not happen is given to happen: nothing can be waited for here.
 pub async fn moment(length: Duration) {

@@ -11,7 +11,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams};
 
 use crate::common::{Cluster, Controller, SOON, bot, run, summary, wait_for};
-use crate::stage::{Stage, ip, life, moment, page, pid, says, status, uid};
+use crate::stage::{Stage, environment, ip, life, moment, page, pid, says, status, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bot_runs_answers_on_its_ip_and_says_so() {
@@ -193,7 +193,7 @@ async fn a_spec_changed_in_the_middle_of_a_start_wins() {
     }
     for i in 0..5 {
         let web = stage.ns.phase(&format!("web-{i}"), Phase::Running, SOON).await;
-        let environ = std::fs::read_to_string(format!("/proc/{}/environ", pid(&web))).unwrap();
+        let environ = environment(&web).await;
         assert!(environ.contains("GREETING=second"), "{i}: {environ:?}");
         assert_eq!(status(&web).restart_count, Some(0), "an edit is no restart: {}", summary(&web));
     }
@@ -224,7 +224,14 @@ async fn a_bot_that_fits_nowhere_is_pending_and_says_why() {
     assert_eq!(says(&waits, ConditionType::Scheduled), Some(("False", "Unschedulable")));
     assert_eq!(says(&waits, ConditionType::Reconciling).map(|r| r.0), Some("True"), "{}", summary(&waits));
     let said = crate::stage::message(&waits, ConditionType::Ready);
-    assert!(said.contains(stage.agent.node()), "each node's reason: {said}");
+    assert_eq!(said, "there is no BotNode no-such-node, the only node that may take it");
+    // One that any node might take hears of each why it does not.
+    let selector = [("zone".to_owned(), "mars".to_owned())];
+    stage.ns.apply(bot("picky").with(|spec| spec.node_selector = selector.into_iter().collect())).await;
+    let picky = stage.ns.until("picky", "Pending", SOON, |bot| says_ready(bot) == Some("Unschedulable")).await;
+    let said = crate::stage::message(&picky, ConditionType::Ready);
+    assert!(said.contains(&format!("{}: no label zone (asks mars)", stage.agent.node())), "each node's reason: {said}");
+    stage.ns.delete("picky", SOON).await;
     assert_eq!(stage.agent.leaks().count("containers"), 0);
     // It is not placed yet, so it may be sent elsewhere; and one that never was placed goes at once.
     stage.ns.apply(bot("other").on("no-such-node")).await;

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::common::{Controller, SOON, bot, run, summary, wait_for};
-use crate::stage::{Stage, alive, ip, life, moment, page, pid, says, status, well_said};
+use crate::stage::{Stage, WAIT, alive, ip, life, moment, page, pid, says, status, well_said};
 use crate::start::Alone;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -41,7 +41,7 @@ async fn the_agent_goes_and_comes_and_bots_run_on() {
     assert_eq!(status(&after), status(&web));
 
     // What happened meanwhile is found: an end, an edit, a deletion.
-    stage.runs(bot("dies").sh("exec sleep 1000000").restart(RestartPolicy::Never)).await;
+    stage.runs(bot("dies").sh(WAIT).restart(RestartPolicy::Never)).await;
     let dies = stage.ns.ready("dies", SOON).await;
     stage.runs(bot("leaves")).await;
     stage.agent.kill_9();
@@ -93,7 +93,7 @@ async fn a_node_that_is_not_heard_of_is_unknown_and_its_bots_run_on() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_shim_that_is_killed_counts_as_an_end_and_never_runs_a_job_twice() {
     let stage = Stage::set("shim").await;
-    let once = stage.runs(bot("once").sh("exec sleep 1000000").restart(RestartPolicy::Never)).await;
+    let once = stage.runs(bot("once").sh(WAIT).restart(RestartPolicy::Never)).await;
     let web = stage.runs(bot("web")).await;
     page(&web).await;
     for bot in [&once, &web] {

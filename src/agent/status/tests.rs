@@ -333,6 +333,25 @@ fn an_end_and_a_start_within_one_second_are_both_told() {
     assert_eq!(types, ["created", "started", "exited", "started", "exited", "started"]);
 }
 
+/// A job that was asked again and was done before anybody saw it run.
+#[test]
+fn an_end_in_the_second_of_the_one_before_is_told_by_its_words() {
+    let desired = Ask { policy: RestartPolicy::OnFailure, ..Ask::default() }.desired();
+    let said = |words: &str, live: Option<&BotContainerStatus>| {
+        let mut observed = ended(0, "Completed", 1);
+        if let Container::Ours(record) = &mut observed.container
+            && let Some(last) = &mut record.last
+        {
+            last.message = words.to_owned();
+        }
+        report(Some(1), &desired, &observed, &plan(&desired, &observed, noon()), None, live, noon())
+    };
+    let exits = |status: &BotContainerStatus| status.transitions.iter().filter(|t| t.type_ == "exited").count();
+    let first = said("run 1", None);
+    let second = said("run 2", Some(&first));
+    assert_eq!((exits(&first), exits(&second), exits(&said("run 2", Some(&second)))), (1, 2, 2));
+}
+
 #[test]
 fn thawed_is_resumed_and_started_anew_is_not() {
     let paused = |observed: Observed, live: Option<&BotContainerStatus>, mode| {
