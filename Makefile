@@ -19,9 +19,9 @@ demo-down: ## Remove all that `make demo` made, its bots included
 	@hack/demo down
 
 .PHONY: test
-test: ## Every test, on a cluster that it starts and stops; ARGS go to cargo test
+test: ## Every test, on a cluster that it starts and stops; ARGS go to cargo test; CONTAINERD=1.7 or 2: not Debian's
 	@hack/install-deps
-	@hack/test $(ARGS)
+	@BERTH_CONTAINERD=$(if $(CONTAINERD),$$(hack/containerd $(CONTAINERD))) hack/test $(ARGS)
 
 .PHONY: test-down
 test-down: ## Remove the cluster that a plain `cargo test` left for the next one

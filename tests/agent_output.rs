@@ -706,8 +706,7 @@ impl PrivateContainerd {
 
     fn spawn(dir: &Path) -> std::process::Child {
         let log = File::options().create(true).append(true).open(dir.join("containerd.log")).unwrap();
-        let program = std::env::var_os("BERTH_TEST_CONTAINERD").unwrap_or("containerd".into());
-        let mut command = std::process::Command::new(program);
+        let mut command = std::process::Command::new("containerd");
         command.arg("--config").arg(dir.join("config.toml")).stdout(log.try_clone().unwrap()).stderr(log);
         command.spawn().unwrap()
     }
