@@ -326,9 +326,9 @@ impl BotLoop {
                         self.tell(&bot, &desired, &observed, &Next::Do(step)).await;
                         return Pass::Wait(self.retry.as_ref().map(|retry| retry.at));
                     }
-                    self.retry = None;
                     let passing = matches!(state, State::Stopping);
                     if passing {
+                        // No success: it may be on the way from a failed step to its next try, which stays failed.
                         // Most processes end at once: their status goes from Running to Stopped in one write.
                         let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
                         let tell_at = busy_since + TELL_AFTER;
@@ -336,6 +336,7 @@ impl BotLoop {
                             return Pass::Wait(Some(until.map_or(tell_at, |until| tell_at.min(instant(until)))));
                         }
                     } else {
+                        self.retry = None;
                         self.busy_since = None;
                     }
                     self.tell(&bot, &desired, &observed, &next).await;
