@@ -1,5 +1,6 @@
 //! Where bots' cgroups are, on cgroup v1, v2 and the hybrid of both, and what the kernel says there.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use crate::api::ids::ContainerId;
@@ -95,6 +96,34 @@ impl Cgroups {
         // No such file: the cgroup is gone, and nothing can be said; the exit code then speaks alone.
         let text = tokio::fs::read_to_string(file).await.unwrap_or_default();
         oom_kills(&text) > 0
+    }
+
+    /// The parent of bots' cgroups in each hierarchy.
+    fn parents(&self) -> Vec<PathBuf> {
+        let below = |root: &Path| root.join(self.parent.trim_start_matches('/'));
+        match self.version {
+            Version::V2 => vec![below(Path::new(ROOT))],
+            Version::V1 => {
+                let hierarchies = std::fs::read_dir(ROOT).into_iter().flatten().flatten();
+                // `cpu` is often a link to `cpu,cpuacct`.
+                let own = hierarchies.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+                own.map(|entry| below(&entry.path())).collect()
+            }
+        }
+    }
+
+    /// Every container that has a cgroup below the parent, in whichever hierarchy.
+    pub fn list(&self) -> BTreeSet<ContainerId> {
+        let entries = self.parents().into_iter().flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten());
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter_map(|name| Some(ContainerId::uid_of(&name)?.container_id())).collect()
+    }
+
+    /// Removes the cgroups of a container, where no process is in them: the kernel sees to that.
+    pub fn remove_empty(&self, id: &ContainerId) {
+        for parent in self.parents() {
+            let _ = std::fs::remove_dir(parent.join(id.as_str()));
+        }
     }
 
     fn file(&self, controller: &str, id: &ContainerId, name: &str) -> PathBuf {

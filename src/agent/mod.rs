@@ -179,7 +179,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
 
     let (bots, mut writer) = store::<BotContainer>();
     let shared = Arc::new(Shared {
-        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups, files_dir),
+        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups.clone(), files_dir),
         actor: Actor {
             containerd: containerd.clone(),
             images,
@@ -232,7 +232,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         containerd,
         network,
         output,
-        Strays::new(shims),
+        Strays::new(shims, cgroups),
         vec![args.snapshotter.clone()],
         args.orphan_grace(),
     ));

@@ -1,4 +1,4 @@
-//! Leftovers of tasks whose creation was cut off: shims and bundles that containerd does not know any more.
+//! Leftovers of tasks whose creation was cut off: shims, bundles and cgroups that containerd does not know any more.
 //!
 //! containerd's own names of tasks are made to be used once. A bot's is used at each of its starts, so what is left of one
 //! is in the way of the next, for ever (all seen with 1.6.20):
@@ -32,6 +32,8 @@ use tokio::time::Instant;
 use crate::api::condition::{chain, cut};
 use crate::api::ids::ContainerId;
 use crate::containerd::{CallContext as _, CallFailed, Containerd};
+
+use super::cgroup::Cgroups;
 
 /// How long a shim may be without a process, and a bundle without a task: one that is being made is so too.
 const GRACE: Duration = Duration::from_secs(30);
@@ -208,10 +210,11 @@ fn remove_bundle(bundle: &Path) -> io::Result<()> {
     fs::remove_dir(bundle)
 }
 
-/// Looks for shims and bundles that nobody needs, and ends those that an earlier look, a grace time ago, found as well.
+/// Looks for shims, bundles and cgroups that nobody needs, and ends those that an earlier look, a grace time ago, found as well.
 #[derive(Debug)]
 pub struct Strays {
     shims: Shims,
+    cgroups: Cgroups,
     since: BTreeMap<Stray, Instant>,
 }
 
@@ -219,12 +222,13 @@ pub struct Strays {
 enum Stray {
     Shim(Process),
     Bundle(String),
+    Cgroup(ContainerId),
 }
 
 impl Strays {
-    /// Of those shims.
-    pub fn new(shims: Shims) -> Self {
-        Self { shims, since: BTreeMap::new() }
+    /// Of those shims and bots' cgroups.
+    pub fn new(shims: Shims, cgroups: Cgroups) -> Self {
+        Self { shims, cgroups, since: BTreeMap::new() }
     }
 
     /// One look. Gives when to look again for what is stray now.
@@ -238,6 +242,7 @@ impl Strays {
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|name| ContainerId::uid_of(name).is_some())
             .collect();
+        let cgroups = self.cgroups.list();
         // Asked after these were found: a task that has come since is one of another shim, or none of them is stray.
         let request = shims.containerd.request(ListTasksRequest::default());
         let tasks = shims.containerd.tasks().list(request).await.call("list", "tasks")?.tasks;
@@ -246,7 +251,8 @@ impl Strays {
         let shimmed: BTreeSet<&str> = seen.iter().filter_map(|seen| seen.shim_of.as_deref()).collect();
         // The list leaves out a task whose shim does not answer: only what is asked for by its name is known to be none.
         let mut unknown = BTreeSet::new();
-        for id in shimmed.iter().copied().chain(bundles.iter().map(String::as_str)).filter(|id| !known.contains(id)) {
+        let named = bundles.iter().map(String::as_str).chain(cgroups.iter().map(ContainerId::as_str));
+        for id in shimmed.iter().copied().chain(named).filter(|id| !known.contains(id)) {
             if matches!(shims.has_task(id).await, Ok(false)) {
                 unknown.insert(id);
             }
@@ -255,6 +261,9 @@ impl Strays {
             strays(&seen, &pids, &unknown).into_iter().map(|(process, id)| (Stray::Shim(process), id)).collect();
         for bundle in bundles.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
             found.insert(Stray::Bundle(bundle.clone()), bundle.clone());
+        }
+        for id in cgroups.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
+            found.insert(Stray::Cgroup(id.clone()), id.to_string());
         }
         let now = Instant::now();
         self.since.retain(|stray, _| found.contains_key(stray));
@@ -267,6 +276,7 @@ impl Strays {
             }
             match stray {
                 Stray::Shim(process) => drop(shims.end(process, &id).await),
+                Stray::Cgroup(id) => self.cgroups.remove_empty(&id),
                 Stray::Bundle(_) => {
                     let before = SystemTime::now().checked_sub(GRACE).unwrap_or(SystemTime::UNIX_EPOCH);
                     shims.remove_bundle(&id, before);
