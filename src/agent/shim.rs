@@ -247,12 +247,12 @@ impl Strays {
         let request = shims.containerd.request(ListTasksRequest::default());
         let tasks = shims.containerd.tasks().list(request).await.call("list", "tasks")?.tasks;
         let pids = tasks.iter().map(|task| task.pid).collect();
-        let known: BTreeSet<&str> = tasks.iter().map(|task| task.id.as_str()).collect();
         let shimmed: BTreeSet<&str> = seen.iter().filter_map(|seen| seen.shim_of.as_deref()).collect();
-        // The list leaves out a task whose shim does not answer: only what is asked for by its name is known to be none.
+        // The list leaves out a task whose shim does not answer, and has one that lost its container, which nobody can kill or
+        // delete: only what is asked for by its name tells.
         let mut unknown = BTreeSet::new();
         let named = bundles.iter().map(String::as_str).chain(cgroups.iter().map(ContainerId::as_str));
-        for id in shimmed.iter().copied().chain(named).filter(|id| !known.contains(id)) {
+        for id in shimmed.iter().copied().chain(named) {
             if matches!(shims.has_task(id).await, Ok(false)) {
                 unknown.insert(id);
             }

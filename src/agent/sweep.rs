@@ -1,7 +1,7 @@
 //! Finds what nobody owns, and removes it by the rule of FAULTS.md: never because it was not listed once.
 //!
 //! ```text
-//! containers, tasks, layers, leases of ours; network; output -> uids that have something on this node
+//! containers, layers, leases of ours; network; output      -> uids that have something on this node
 //!   less those that have a loop                             -> strangers
 //!   less those that a complete list of BotContainers has    -> orphans, since when
 //!   found again by a later complete list, a grace time on   -> taken down as a deleted bot is
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::ListSnapshotsRequest;
-use containerd_client::services::v1::{ListContainersRequest, ListRequest as ListLeasesRequest, ListTasksRequest};
+use containerd_client::services::v1::{ListContainersRequest, ListRequest as ListLeasesRequest};
 use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client};
@@ -177,13 +177,6 @@ impl Sweeper {
         let request = self.containerd.request(ListLeasesRequest::default());
         for lease in self.containerd.leases().list(request).await.call("list", "leases")?.leases {
             if let Some(uid) = ContainerId::uid_of(&lease.id) {
-                found.entry(uid).or_default();
-            }
-        }
-        // One that containerd found again when it came back, after its container was removed.
-        let request = self.containerd.request(ListTasksRequest::default());
-        for task in self.containerd.tasks().list(request).await.call("list", "tasks")?.tasks {
-            if let Some(uid) = ContainerId::uid_of(&task.id) {
                 found.entry(uid).or_default();
             }
         }
