@@ -242,7 +242,8 @@ impl Strays {
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|name| ContainerId::uid_of(name).is_some())
             .collect();
-        let cgroups = self.cgroups.list();
+        let cgroups: BTreeMap<String, ContainerId> =
+            self.cgroups.list().into_iter().map(|id| (id.to_string(), id)).collect();
         // Asked after these were found: a task that has come since is one of another shim, or none of them is stray.
         let request = shims.containerd.request(ListTasksRequest::default());
         let tasks = shims.containerd.tasks().list(request).await.call("list", "tasks")?.tasks;
@@ -251,8 +252,8 @@ impl Strays {
         // The list leaves out a task whose shim does not answer, and has one that lost its container, which nobody can kill or
         // delete: only what is asked for by its name tells.
         let mut unknown = BTreeSet::new();
-        let named = bundles.iter().map(String::as_str).chain(cgroups.iter().map(ContainerId::as_str));
-        for id in shimmed.iter().copied().chain(named) {
+        let named = bundles.iter().map(String::as_str).chain(cgroups.keys().map(String::as_str));
+        for id in named.chain(shimmed.iter().copied()).collect::<BTreeSet<_>>() {
             if matches!(shims.has_task(id).await, Ok(false)) {
                 unknown.insert(id);
             }
@@ -262,7 +263,7 @@ impl Strays {
         for bundle in bundles.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
             found.insert(Stray::Bundle(bundle.clone()), bundle.clone());
         }
-        for id in cgroups.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
+        for id in cgroups.values().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
             found.insert(Stray::Cgroup(id.clone()), id.to_string());
         }
         let now = Instant::now();
@@ -275,7 +276,14 @@ impl Strays {
                 continue;
             }
             match stray {
-                Stray::Shim(process) => drop(shims.end(process, &id).await),
+                Stray::Shim(process) => {
+                    if shims.end(process, &id).await
+                        && let Some(id) = cgroups.get(&id)
+                    {
+                        // What it left goes with it, and not a grace time later; a bot that lives keeps its own.
+                        self.cgroups.remove_empty(id);
+                    }
+                }
                 Stray::Cgroup(id) => self.cgroups.remove_empty(&id),
                 Stray::Bundle(_) => {
                     let before = SystemTime::now().checked_sub(GRACE).unwrap_or(SystemTime::UNIX_EPOCH);
