@@ -47,8 +47,8 @@ docs: ## Write docs/reasons.md and docs/costs.md from the tables in src
 	@UPDATE=1 cargo test --locked --quiet --test docs page >/dev/null
 
 .PHONY: bench
-bench: ## Every figure beside its peer; writes target/bench/report.json
-	@hack/bench
+bench: ## Every figure beside its peer; writes target/bench/report.json; ARGS: some groups of them
+	@hack/bench $(ARGS)
 
 .PHONY: leaks
 leaks: ## Count what bots leave on the machine: of the sourced env, else of the demo

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use berth::agent::cost::{Cost, FIELDS};
+use berth::agent::floor;
 use berth::api::condition::Reason;
 
 fn repository() -> &'static Path {
@@ -146,4 +147,18 @@ fn the_page_of_costs_is_current() {
         writeln!(page, "| `{field}` | {cost} |").unwrap();
     }
     assert_made("docs/costs.md", &page);
+}
+
+#[test]
+fn the_page_of_requirements_names_each_floor_and_each_escape() {
+    let page = read("docs/requirements.md");
+    let text = |version: floor::Version| version.map(|number| number.to_string()).join(".");
+    for (what, version) in [("containerd", floor::CONTAINERD), ("runc", floor::RUNC)] {
+        assert!(page.contains(&format!("| {what} | {} |", text(version))), "{what}");
+    }
+    for escape in floor::ESCAPES {
+        let fixed: Vec<String> = escape.fixed_in.iter().copied().map(text).collect();
+        let row = page.lines().find(|line| line.contains(escape.cve)).unwrap_or_else(|| panic!("{}", escape.cve));
+        assert!(row.ends_with(&format!("| {} |", fixed.join(", "))), "{row}");
+    }
 }

@@ -75,6 +75,27 @@ impl Place {
     }
 }
 
+/// The groups of figures.
+const GROUPS: [&str; 4] = ["lives", "bursts", "writes", "rest"];
+
+/// What of them is measured: those that the command line names, else all.
+struct Asked(Vec<String>);
+
+impl Asked {
+    fn from_args() -> anyhow::Result<Self> {
+        // cargo adds a flag of its own.
+        let named: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+        for name in &named {
+            anyhow::ensure!(GROUPS.contains(&name.as_str()), "{name} is no group of figures; name some of {GROUPS:?}");
+        }
+        Ok(Self(named))
+    }
+
+    fn has(&self, group: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|named| named == group)
+    }
+}
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let place = Place::from_env().await?;
@@ -88,11 +109,21 @@ async fn main() -> anyhow::Result<()> {
     let bots = Bots::watch(&place.client, namespace, &place.image).await?;
     let ctr = Ctr::new(&place.dir, &place.containerd, &place.image).await?;
 
-    let mut figures = lives(&bots, &ctr).await?;
-    figures.extend(bursts(&bots, &ctr).await?);
+    let asked = Asked::from_args()?;
+    let mut figures = Vec::new();
+    if asked.has("lives") {
+        figures.extend(lives(&bots, &ctr).await?);
+    }
+    if asked.has("bursts") {
+        figures.extend(bursts(&bots, &ctr).await?);
+    }
     ctr.leave().await?;
-    figures.extend(writes_of_starts(&place, &bots).await?);
-    figures.extend(at_rest(&place, &bots).await?);
+    if asked.has("writes") {
+        figures.extend(writes_of_starts(&place, &bots).await?);
+    }
+    if asked.has("rest") {
+        figures.extend(at_rest(&place, &bots).await?);
+    }
 
     let machine = machine.ended()?;
     let path = place.dir.join("report.json");

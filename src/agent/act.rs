@@ -288,22 +288,27 @@ impl Actor {
     async fn prepare_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
         let alive = work.alive()?;
         let id = work.id();
-        let (image, lease) =
-            tokio::join!(self.image(alive, work.desired), around(Effect::PrepareLease, self.ensure_lease(id)));
-        let (image, lease) = (image?, lease.map_err(StepError::Runtime)?);
-        // What the layer's image is made of stays while the bot does: its config is read at each start.
-        let resource = Resource { id: image.digest.clone(), r#type: "content".to_owned() };
-        let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
+        let image = self.image(alive, work.desired).await?;
+        let key = labels::first_layer(id);
+        // The layer is a root for the collector from its first moment on, by its label; so the lease, which is to hold it as
+        // long as the bot lives, may be made beside it. It holds what the layer's image is made of as well: the image's config
+        // is read at each start.
         let hold = async {
-            let request = self.containerd.request(add);
-            let answer = around(Effect::PrepareHold, self.containerd.leases().add_resource(request)).await;
-            answer.call("add to lease", lease.as_str())
+            let lease = around(Effect::PrepareLease, self.ensure_lease(id)).await?;
+            let content = Resource { id: image.digest.clone(), r#type: "content".to_owned() };
+            let layer = Resource { id: key.clone(), r#type: format!("snapshots/{}", work.desired.snapshotter) };
+            for resource in [content, layer] {
+                let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
+                let request = self.containerd.request(add);
+                let answer = around(Effect::PrepareHold, self.containerd.leases().add_resource(request)).await;
+                answer.call("add to lease", lease.as_str())?;
+            }
+            Ok(())
         };
         let mut labels = labels::owner(work.desired);
         labels.insert(labels::IMAGE.to_owned(), image.reference.clone());
         labels.insert(labels::IMAGE_DIGEST.to_owned(), image.digest.clone());
         labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
-        let key = labels::first_layer(id);
         let make = async {
             let request = PrepareSnapshotRequest {
                 snapshotter: work.desired.snapshotter.clone(),
@@ -311,7 +316,7 @@ impl Actor {
                 parent: image.chain_id.clone(),
                 labels,
             };
-            let request = self.containerd.leased(&lease, request);
+            let request = self.containerd.request(request);
             let answer = around(Effect::PrepareSnapshot, self.containerd.snapshots().prepare(request)).await;
             match answer.call("prepare snapshot", &key) {
                 Err(error) if error.is_already_exists() => Ok(()),

@@ -28,7 +28,7 @@ use crate::api::condition::{Reason, chain};
 use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
-use crate::network::{ClusterDns, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
+use crate::network::{ClusterDns, DnsWarning, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
 use crate::oci::{
     BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput, User,
     UserError, check_root, check_working_directory, ensure_directory, linux_resources, resolve_env, resolve_user,
@@ -411,7 +411,10 @@ impl Bundle {
             &input.desired.namespace,
         );
         for warning in &resolved.warnings {
-            tracing::warn!(namespace = input.desired.namespace, bot = input.desired.name, %warning, "resolv.conf");
+            // That the node has no cluster DNS was told at the agent's start.
+            if !matches!(warning, DnsWarning::NoClusterDns) {
+                tracing::warn!(namespace = input.desired.namespace, bot = input.desired.name, %warning, "resolv.conf");
+            }
         }
         files.push(File::new("/etc/resolv.conf", resolved.conf.to_string(), 0o644));
         if let Some(zone) = &spec.timezone {

@@ -19,7 +19,8 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
-//! node.rs    BotNode and Lease          sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! node.rs    BotNode and Lease          floor.rs   which runtimes are old or let bots out
+//! sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -34,6 +35,7 @@ pub mod cost;
 pub mod desired;
 pub mod disk;
 pub mod failpoint;
+pub mod floor;
 pub mod labels;
 pub mod metrics;
 pub mod node;
@@ -106,6 +108,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         tasks.spawn(async move { health.serve(address, stop).await.context("the health endpoint ended") });
     }
 
+    if args.cluster_dns.is_empty() {
+        tracing::warn!("no --cluster-dns: bots whose dnsPolicy is ClusterFirst get the node's own DNS, and find no Service by name");
+    }
     prepare_directories(&args)?;
     let _lock = tokio::select! {
         lock = lock_host(&args) => lock?,

@@ -23,6 +23,7 @@ use crate::containerd::{CallContext, CallFailed, Containerd};
 use crate::network::Cidr;
 
 use super::disk::Room;
+use super::floor;
 
 /// The Lease is renewed so often, and counts for four times as long, as kubelet's.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
@@ -31,10 +32,6 @@ pub const LEASE_SECONDS: i32 = 40;
 
 /// How often a write of the BotNode's status is computed anew in a row, when somebody else wrote in between.
 const CONFLICTS: usize = 3;
-
-/// The oldest runtime versions without a known escape that Berth is documented for: FAULTS.md, rule 14.
-const FLOOR_CONTAINERD: [u64; 3] = [1, 6, 0];
-const FLOOR_RUNC: [u64; 3] = [1, 1, 5];
 
 /// What does not change while the agent runs.
 #[derive(Clone, Debug)]
@@ -136,12 +133,11 @@ impl Registration {
         let mut snapshotters: Vec<String> =
             plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
         snapshotters.sort();
-        let supported = unsupported(&versions);
         let mut conditions = vec![
             node_condition(live, "Ready", true, Reason::AgentReady, "the agent serves its node"),
-            match supported {
-                None => node_condition(live, "RuntimeSupported", true, Reason::Supported, "no known escape"),
-                Some(why) => node_condition(live, "RuntimeSupported", false, Reason::Unsupported, &why),
+            match floor::judge(&versions.containerd, &versions.runc) {
+                Ok(note) => node_condition(live, "RuntimeSupported", true, Reason::Supported, &note),
+                Err(why) => node_condition(live, "RuntimeSupported", false, Reason::Unsupported, &why),
             },
         ];
         // Not said before it was measured. The numbers change all the time, so they are no part of the message.
@@ -313,53 +309,5 @@ fn node_condition(live: Option<&BotNodeStatus>, type_: &str, status: bool, reaso
         message: message.to_owned(),
         last_transition_time: since.unwrap_or_else(|| api_time(Timestamp::now())),
         observed_generation: None,
-    }
-}
-
-/// Why a node's runtime is below the documented floor; `None` when it is not.
-fn unsupported(versions: &NodeVersions) -> Option<String> {
-    [("containerd", &versions.containerd, FLOOR_CONTAINERD), ("runc", &versions.runc, FLOOR_RUNC)].into_iter().find_map(
-        |(what, version, floor)| match numbers(version) {
-            Some(found) if found < floor => {
-                let [major, minor, patch] = floor;
-                Some(format!("{what} is {version}, below the floor {major}.{minor}.{patch}; upgrade it"))
-            }
-            Some(_) => None,
-            None => Some(format!("the version of {what}, {version:?}, can't be read")),
-        },
-    )
-}
-
-/// The first three numbers of a version such as `1.6.20~ds1` or `v2.1.0-rc.1`.
-fn numbers(version: &str) -> Option<[u64; 3]> {
-    let mut parts = version.trim_start_matches('v').split(['.', '~', '-', '+']);
-    let mut next = || parts.next()?.parse().ok();
-    Some([next()?, next()?, next().unwrap_or(0)])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_of_the_field_are_read() {
-        assert_eq!(numbers("1.6.20~ds1"), Some([1, 6, 20]));
-        assert_eq!(numbers("v2.1.0-rc.1"), Some([2, 1, 0]));
-        assert_eq!(numbers("1.1.5+ds1"), Some([1, 1, 5]));
-        assert_eq!(numbers("2.0"), Some([2, 0, 0]));
-        assert_eq!(numbers("unknown"), None);
-    }
-
-    #[test]
-    fn what_is_below_the_floor_is_said() {
-        let versions = |containerd: &str, runc: &str| NodeVersions {
-            containerd: containerd.into(),
-            runc: runc.into(),
-            ..NodeVersions::default()
-        };
-        assert_eq!(unsupported(&versions("1.6.20", "1.1.5")), None);
-        assert_eq!(unsupported(&versions("2.1.0", "1.3.0")), None);
-        assert!(unsupported(&versions("1.5.9", "1.1.5")).unwrap().contains("containerd is 1.5.9"));
-        assert!(unsupported(&versions("1.6.20", "1.0.3")).unwrap().contains("runc is 1.0.3"));
     }
 }

@@ -128,7 +128,7 @@ reasons! {
     ImageChangeFailed => "The bot could not be moved to the new image; its data is where it was.",
     AgentReady => "Nothing to do: the agent serves its node.",
     AgentStopping => "The agent was stopped; its bots run on.",
-    Unsupported => "containerd or runc is below the documented floor; upgrade it.",
+    Unsupported => "containerd or runc is below the floor of docs/requirements.md, or is known to let a container out to its node; upgrade it.",
     Supported => "Nothing to do: the runtime's versions are supported.",
     DiskPressure => "The node's disk is nearly full; free space.",
     DiskOk => "Nothing to do: the disk has room.",

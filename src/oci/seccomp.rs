@@ -10,7 +10,8 @@
 //! It follows the profile that containerd, Docker and CRI-O agree on. A test compares it with what the installed
 //! containerd makes of `ctr run --seccomp` and holds the list of intended differences; the notable ones:
 //! `io_uring_*` is refused (its operations pass by the filter), `socket(AF_ALG)` is refused (CVE-2026-31431: a page of
-//! an image layer that other bots share could be overwritten), and with it `socketcall`, which would pass by both.
+//! an image layer that other bots share could be overwritten), and with it `socketcall`, which would pass by both; the
+//! x32 ABI is no architecture of the profile (docs/decisions/seccomp.md).
 //!
 //! Sources: seccomp(2), capabilities(7), <https://github.com/opencontainers/runtime-spec/blob/main/config-linux.md#seccomp>.
 
@@ -550,7 +551,8 @@ pub fn runtime_default(held: &Capabilities, machine: Machine) -> LinuxSeccomp {
         .set_default_action(LinuxSeccompAction::ScmpActErrno)
         .set_default_errno_ret(Some(EPERM))
         .set_architectures(Some(match machine {
-            Machine::X86_64 => vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32],
+            // Each costs a start some 10 ms, in which runc makes a filter of names.
+            Machine::X86_64 => vec![Arch::ScmpArchX86_64, Arch::ScmpArchX86],
             Machine::Aarch64 => vec![Arch::ScmpArchAarch64, Arch::ScmpArchArm],
         }))
         .set_syscalls(Some(rules));
