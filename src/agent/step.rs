@@ -42,6 +42,9 @@ pub enum Step {
     /// next `Reap` only deletes. Where containerd can't say how the process is, only delete, which is refused while it
     /// lives: nothing is noted that was not seen.
     Reap,
+    /// Have containerd put away what is left of a task that it does not know; once it has had its time for that, do it: shims
+    /// and all other processes of the bot, runc's container, cgroups, bundle. Cut off: the rest is seen at the next look.
+    PutAway,
     /// The attempt was marked as started and its task is gone: note that it ended.
     RecordLost,
     /// Note that an end by itself is settled, since the bot is to be stopped or its spec changed: the next start asks no
@@ -89,6 +92,7 @@ impl Step {
             Self::Stop => "stop",
             Self::Kill => "kill",
             Self::Reap => "reap",
+            Self::PutAway => "put_away",
             Self::RecordLost => "record_lost",
             Self::SettleEnd => "settle_end",
             Self::Remove(_) => "remove",
