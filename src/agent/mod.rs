@@ -19,8 +19,8 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
-//! node.rs    BotNode and Lease          sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
-//! failpoint.rs   where tests make the agent die
+//! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
 //! ```
 //!
 //! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The

@@ -15,7 +15,7 @@ pub enum Step {
     /// call of containerd. Cut off: the container is as before or as wanted; mounted files are written anew next time.
     WriteContainer,
     /// Create the task, which starts shim and runc but not the process, and side by side connect its network where that
-    /// is not done. Cut off: a task in state created, or none, and a network that is whole, not begun, or half-made; with
+    /// is not done. Cut off: a task in state created, none, or what is left of one (`PutAway`), and a network that is whole, not begun, or half-made; with
     /// a half-made one the task is killed, since it holds the namespace that has to go.
     CreateTask {
         /// Whether the network is to be connected.
