@@ -46,7 +46,7 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_MOST: Duration = Duration::from_secs(300);
 
 /// How soon a bot is looked at again of whose task something is left: containerd tells nobody when it has put it away.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
@@ -84,12 +84,16 @@ pub struct Trigger {
 
 impl Trigger {
     fn wake(&self, reason: &'static str) {
+        self.note(reason);
+        self.notify.notify_one();
+    }
+
+    /// Says why a pass comes that nobody has to be woken for.
+    fn note(&self, reason: &'static str) {
         let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
         if !reasons.contains(&reason) {
             reasons.push(reason);
         }
-        drop(reasons);
-        self.notify.notify_one();
     }
 
     fn take(&self) -> Vec<&'static str> {
@@ -250,7 +254,7 @@ impl BotLoop {
             tokio::select! {
                 // Cancelled by nothing but the end of the agent; a trigger that comes meanwhile stays noted.
                 () = self.trigger.notify.notified() => {}
-                () = sleep_until(until) => self.trigger.wake("timer"),
+                () = sleep_until(until) => self.trigger.note("timer"),
                 () = self.shared.stop.cancelled() => return,
             }
             let reasons = self.trigger.take();
@@ -306,7 +310,7 @@ impl BotLoop {
                     let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
                     let done = self.step(*step, &bot, &desired, &observed, &next, overdue, busy_since).await;
                     if *step == Step::PutAway && overdue {
-                        self.patience.begin();
+                        self.patience.shims_ended();
                     }
                     match done {
                         // Nothing tells when containerd is done with it, so it is asked.

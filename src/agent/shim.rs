@@ -43,6 +43,9 @@ use super::observe::Task;
 /// three times. A creation of the same id must not come in between, and so neither must we.
 pub const LEFTOVERS: Duration = Duration::from_secs(15);
 
+/// How long containerd may take to put away itself what a shim leaves that it sees end.
+const SHIM_ENDED: Duration = Duration::from_secs(7);
+
 /// How long a killed shim may take to be gone.
 const GONE_SECONDS: i64 = 2;
 
@@ -254,26 +257,27 @@ impl Shims {
     }
 }
 
-/// For how long what is left of a bot's task has been seen. Kept by whoever tends the bot, and lost with him: then it takes
-/// longer.
+/// How long containerd is left alone with what is left of a bot's task. Kept by whoever tends the bot, and lost with him:
+/// then it takes longer.
 #[derive(Debug, Default)]
 pub struct Patience {
-    since: Option<Instant>,
+    until: Option<Instant>,
 }
 
 impl Patience {
     /// One look at the bot's task. Whether containerd has had its time to put away what is left of one.
     pub fn is_over(&mut self, task: Task) -> bool {
         if task != Task::Leftover {
-            self.since = None;
+            self.until = None;
             return false;
         }
-        self.since.get_or_insert_with(Instant::now).elapsed() >= LEFTOVERS
+        let now = Instant::now();
+        *self.until.get_or_insert(now + LEFTOVERS) <= now
     }
 
-    /// Begins anew.
-    pub fn begin(&mut self) {
-        self.since = Some(Instant::now());
+    /// [`Shims::put_away`] was tried. Where it ended shims, containerd may be at it again.
+    pub fn shims_ended(&mut self) {
+        self.until = Some(Instant::now() + SHIM_ENDED);
     }
 }
 

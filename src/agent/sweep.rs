@@ -258,9 +258,9 @@ impl Orphan {
                     shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
                     if step == Step::PutAway {
                         if overdue {
-                            patience.begin();
+                            patience.shims_ended();
                         }
-                        tokio::time::sleep(Duration::from_millis(250)).await;
+                        tokio::time::sleep(Duration::from_millis(500)).await;
                     }
                 }
                 Next::Settled { state: State::Removed, .. } => {
