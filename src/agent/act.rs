@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
-use std::time::SystemTime;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
@@ -35,7 +34,7 @@ use super::observe::{Container, Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
-use super::shim::Shims;
+use super::shim::{PutAwayFailed, Shims};
 use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
 
@@ -103,6 +102,9 @@ pub enum StepError {
     /// A skill can't be written.
     #[error(transparent)]
     Skill(SkillFailed),
+    /// What is left of an earlier task is in the way.
+    #[error(transparent)]
+    Leftover(PutAwayFailed),
     /// A Secret or ConfigMap can't be read.
     #[error("what the spec refers to can't be read")]
     References(#[source] ReadFailed),
@@ -116,7 +118,7 @@ impl StepError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Runtime(error) if error.is_unavailable() => Reason::RuntimeUnavailable,
-            Self::Runtime(_) | Self::Changed(_) => Reason::RuntimeFailed,
+            Self::Runtime(_) | Self::Leftover(_) | Self::Changed(_) => Reason::RuntimeFailed,
             Self::Image { source, .. } => source.reason(),
             Self::NeverPull { .. } => Reason::ErrImageNeverPull,
             Self::ImageGone { .. } => Reason::ImageCorrupt,
@@ -134,7 +136,12 @@ impl StepError {
     pub fn retryable(&self) -> bool {
         match self {
             // Away, busy, full: all of these pass.
-            Self::Runtime(_) | Self::Network(_) | Self::NoCidr | Self::Output(_) | Self::Changed(_) => true,
+            Self::Runtime(_)
+            | Self::Leftover(_)
+            | Self::Network(_)
+            | Self::NoCidr
+            | Self::Output(_)
+            | Self::Changed(_) => true,
             Self::Image { source, .. } => source.retryable(),
             // An image can be loaded by hand, a Secret mended: neither touches the bot.
             Self::NeverPull { .. } | Self::ImageGone { .. } | Self::PullSecret { .. } | Self::References(_) => true,
@@ -176,6 +183,8 @@ pub struct Work<'a> {
     pub cidr: Option<&'a Cidr>,
     /// Whether containerd may still be putting away a task of the bot whose creation was cut off.
     pub leftovers: bool,
+    /// Whether containerd has had its time to put away what is left of a task.
+    pub overdue: bool,
     /// How often this step failed in a row before.
     pub failures: u32,
 }
@@ -232,6 +241,7 @@ impl Actor {
             Step::Stop => self.stop(work).await,
             Step::Kill => self.kill(work).await,
             Step::Reap => self.reap(work).await,
+            Step::PutAway => self.put_away(work).await,
             Step::RecordLost => self.record_lost(work).await,
             Step::SettleEnd => match work.record() {
                 Some(record) => around(Effect::SettleNote, self.note(id, &record.settled())).await,
@@ -463,7 +473,6 @@ impl Actor {
     async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let began = SystemTime::from(Timestamp::now());
         let connected =
             async { if connect { around(Effect::CreateConnect, self.connect(work)).await } else { Ok(()) } };
         let created = async {
@@ -478,9 +487,9 @@ impl Actor {
             // A network that failed takes its namespace along, and the creation under way with it: no fault of the bot's.
             (Err(failed), Err(_)) => Err(failed),
             (Ok(()), Err(refused)) => {
-                // What is left of an earlier creation refuses this one. A bot that is never to run again must not end on that.
-                let cleared = self.shims.clear(id, began).await.map_err(StepError::Runtime)?;
-                if work.failures < LEFTOVER_TRIES && (cleared || work.leftovers) {
+                // What is left of an earlier creation may refuse this one. A bot that is never to run again must not end on that.
+                let leftovers = work.leftovers || self.shims.left(id).is_some();
+                if work.failures < LEFTOVER_TRIES && leftovers {
                     return Err(StepError::Runtime(refused));
                 }
                 self.could_not_start(id, record, refused).await
@@ -531,12 +540,8 @@ impl Actor {
         let answer = around(Effect::CreateTask, self.containerd.tasks().create(request)).await;
         match answer.call("create task", id.as_str()) {
             Ok(_) => Ok(Ok(())),
-            Err(error) if error.is_already_exists() => {
-                if self.removed_empty_shim(id).await.map_err(StepError::Runtime)? {
-                    return Err(StepError::Changed("a shim without a process was in the way and is removed"));
-                }
-                Ok(Ok(()))
-            }
+            // There is one after all, or what is left of one: the next look tells.
+            Err(error) if error.is_already_exists() => Ok(Ok(())),
             Err(error) if is_answer(&error) => Ok(Err(error)),
             Err(error) => Err(StepError::Runtime(error)),
         }
@@ -577,21 +582,6 @@ impl Actor {
         answer.call("update task", id.as_str()).map_err(StepError::Runtime)?;
         let noted = Record { limits: alive.limits.clone(), ..record.clone() };
         around(Effect::LimitsNote, self.note(id, &noted)).await
-    }
-
-    /// Where containerd has a task that it can't find: it was killed between starting the shim and telling it what to run.
-    /// Such a shim never had a process. `false` where there is a task after all.
-    async fn removed_empty_shim(&self, id: &ContainerId) -> Result<bool, CallFailed> {
-        if self.shims.has_task(id.as_str()).await? {
-            return Ok(false);
-        }
-        let delete = DeleteTaskRequest { container_id: id.to_string() };
-        let answer = self.containerd.tasks().delete(self.containerd.request(delete)).await;
-        match answer.call("delete task", id.as_str()) {
-            // The shim says that it knows no process, and is put away for that.
-            Err(error) if error.is_not_found() => Ok(true),
-            done => done.map(|_| true),
-        }
     }
 
     async fn write_skills(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -686,6 +676,16 @@ impl Actor {
         around(Effect::ReapNoteOutput, self.note_last_output(work, record, ended)).await
     }
 
+    async fn put_away(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        // A shim that has no task yet, because containerd died in the middle, is put away for knowing none. Whatever the
+        // answer: the next look tells.
+        let delete = DeleteTaskRequest { container_id: id.to_string() };
+        let _ = around(Effect::PutAwayDelete, self.containerd.tasks().delete(self.containerd.request(delete))).await;
+        let rest = async { if work.overdue { self.shims.put_away(id).await } else { self.shims.tidy(id).await } };
+        around(Effect::PutAwayRest, rest).await.map_err(StepError::Leftover)
+    }
+
     async fn record_lost(&self, work: &Work<'_>) -> Result<(), StepError> {
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
         let ended = record.ended(lost());
@@ -754,8 +754,10 @@ impl Actor {
         network.and(output).and(layer)
     }
 
-    /// Removes what no observation shows: logs of a bot that was stopped before, mounted files, lease. Safe twice.
+    /// Removes what no observation shows: a shim without a task, logs of a bot that was stopped before, mounted files, lease.
+    /// Safe twice.
     pub async fn remove_rest(&self, id: &ContainerId) -> Result<(), StepError> {
+        self.shims.end_idle(id).await.map_err(StepError::Leftover)?;
         around(Effect::RemoveLogs, self.output.remove(id, false)).await.map_err(StepError::Output)?;
         around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
         let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };

@@ -1,9 +1,13 @@
 //! Where bots' cgroups are, on cgroup v1, v2 and the hybrid of both, and what the kernel says there.
 
 use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::api::ids::ContainerId;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal};
+
+use crate::api::ids::{BotUid, ContainerId};
 
 /// Which cgroup hierarchy the runtime uses. A hybrid counts as v1: the controllers are there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,6 +26,9 @@ pub struct Cgroups {
 }
 
 const ROOT: &str = "/sys/fs/cgroup";
+
+/// How often the processes of a cgroup are looked for and killed.
+const KILL_ROUNDS: u32 = 3;
 
 /// The parent of bots' cgroups can't be made or limited.
 #[derive(Debug, thiserror::Error)]
@@ -112,23 +119,80 @@ impl Cgroups {
         }
     }
 
-    /// Every container that has a cgroup below the parent, in whichever hierarchy.
-    pub fn list(&self) -> BTreeSet<ContainerId> {
-        let entries = self.parents().into_iter().flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten());
-        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter_map(|name| Some(ContainerId::uid_of(&name)?.container_id())).collect()
+    /// Where a bot's cgroups are, whether or not they are there.
+    pub fn dirs(&self, id: &ContainerId) -> Vec<PathBuf> {
+        self.parents().into_iter().map(|parent| parent.join(id.as_str())).collect()
     }
 
-    /// Removes the cgroups of a container, where no process is in them: the kernel sees to that.
-    pub fn remove_empty(&self, id: &ContainerId) {
-        for parent in self.parents() {
-            let _ = std::fs::remove_dir(parent.join(id.as_str()));
+    /// Every bot that has a cgroup below the parent, in whichever hierarchy.
+    pub fn list(&self) -> BTreeSet<BotUid> {
+        let entries = self.parents().into_iter().flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten());
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter_map(|name| ContainerId::uid_of(&name)).collect()
+    }
+
+    /// Kills every process in a bot's cgroups, and waits a moment until they are gone. Blocks.
+    pub fn kill(&self, id: &ContainerId) {
+        // One that is forked meanwhile is found by the next round.
+        for _ in 0..KILL_ROUNDS {
+            if self.version == Version::V1 {
+                // A frozen process does not die of KILL there (runc #3134).
+                let _ = std::fs::write(self.file("freezer", id, "freezer.state"), "THAWED");
+            }
+            let groups: Vec<PathBuf> = self.dirs(id).into_iter().flat_map(|dir| tree(&dir)).collect();
+            let killed: Vec<OwnedFd> = groups.iter().flat_map(|group| kill_in(group)).collect();
+            if killed.is_empty() {
+                return;
+            }
+            for process in &killed {
+                let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
+                let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
+            }
+        }
+    }
+
+    /// Removes a bot's cgroups where no process is in them: the kernel sees to that. Blocks.
+    pub fn remove(&self, id: &ContainerId) {
+        for group in self.dirs(id).into_iter().flat_map(|dir| tree(&dir)) {
+            let _ = std::fs::remove_dir(group);
         }
     }
 
     fn file(&self, controller: &str, id: &ContainerId, name: &str) -> PathBuf {
         Path::new(ROOT).join(controller).join(self.path(id).trim_start_matches('/')).join(name)
     }
+}
+
+/// A cgroup and all below it, the deepest first.
+fn tree(group: &Path) -> Vec<PathBuf> {
+    let (mut open, mut found) = (vec![group.to_owned()], Vec::new());
+    while let Some(group) = open.pop() {
+        let Ok(entries) = std::fs::read_dir(&group) else { continue };
+        let below = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        open.extend(below.map(|entry| entry.path()));
+        found.push(group);
+    }
+    found.reverse();
+    found
+}
+
+/// Kills what is in one cgroup. Each process is asked for again once its descriptor is held: the number alone may be
+/// another's by then.
+fn kill_in(group: &Path) -> Vec<OwnedFd> {
+    let procs = || -> BTreeSet<u32> {
+        let text = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+        text.lines().filter_map(|pid| pid.parse().ok()).collect()
+    };
+    let held = procs().into_iter().filter_map(|pid| Some((pid, descriptor(pid)?))).collect::<Vec<_>>();
+    let still = procs();
+    let held = held.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process);
+    held.filter(|process| rustix::process::pidfd_send_signal(process, Signal::KILL).is_ok()).collect()
+}
+
+/// A descriptor of a process; whoever gets one looks only then whether it is the right process.
+pub(super) fn descriptor(pid: u32) -> Option<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()
 }
 
 /// The counter `oom_kill` of `memory.oom_control` (v1) or `memory.events` (v2).

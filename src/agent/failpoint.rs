@@ -65,6 +65,8 @@ effects! {
     ReapNote = "reap.note",
     ReapDelete = "reap.delete",
     ReapNoteOutput = "reap.note_output",
+    PutAwayDelete = "put_away.delete",
+    PutAwayRest = "put_away.rest",
     LostNote = "record_lost.note",
     SettleNote = "settle_end.note",
     RemoveNetwork = "remove.network",

@@ -19,9 +19,9 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
-//! node.rs    BotNode and Lease          floor.rs   which runtimes are old or let bots out
-//! sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
-//! failpoint.rs   where tests make the agent die
+//! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
+//! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
 //! ```
 //!
 //! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The
@@ -91,11 +91,17 @@ use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
 use run::{Bot, Loops, Shared};
-use shim::{Shims, Strays};
+use shim::Shims;
 use sweep::Sweeper;
 
 /// How many steps of all bots are under way at once.
 const STEPS_AT_ONCE: usize = 16;
+
+/// How long after a deletion, a start of the agent or a death of containerd something may still come to be that nobody owns.
+const STIRRED: Duration = Duration::from_secs(60);
+
+/// How often is looked for it then.
+const SWEEP_STIRRED: Duration = Duration::from_secs(20);
 
 /// Runs the agent until `stop`; bots run on after it.
 pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()> {
@@ -151,8 +157,13 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     }
     let bundle_options = args.bundle_options(&facts, runtimes);
     let files_dir = bundle_options.files_dir.clone();
-    let shims =
-        Shims::new(containerd.clone(), &args.containerd_address, &args.containerd_state(), &args.containerd_namespace);
+    let shims = Shims::new(
+        containerd.clone(),
+        &args.containerd_address,
+        &args.containerd_state(),
+        &args.containerd_namespace,
+        cgroups.clone(),
+    );
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
     let (room_sender, room) = watch::channel(None);
     let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room));
@@ -184,7 +195,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
 
     let (bots, mut writer) = store::<BotContainer>();
     let shared = Arc::new(Shared {
-        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups.clone(), files_dir),
+        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups, shims.clone(), files_dir),
         actor: Actor {
             containerd: containerd.clone(),
             images,
@@ -218,7 +229,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             Ok(())
         });
     }
-    let (event_sender, mut events) = mpsc::channel::<BotUid>(1024);
+    let (event_sender, mut events) = mpsc::channel::<Heard>(1024);
     {
         let (containerd, stop) = (containerd.clone(), stop.clone());
         tasks.spawn(async move {
@@ -237,13 +248,14 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         containerd,
         network,
         output,
-        Strays::new(shims, cgroups),
+        shims,
         vec![args.snapshotter.clone()],
         args.orphan_grace(),
     ));
     let mut sweeping = tokio::task::JoinSet::new();
     let mut listed = false;
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
+    let mut calm_at = Instant::now() + STIRRED;
     let mut cidr_seen = cidr;
     let ended = loop {
         tokio::select! {
@@ -257,6 +269,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                         Event::Delete(bot) => {
                             wake(&mut loops, &shared, bot, "object left");
                             sweep_at = sweep_at.min(Instant::now() + Duration::from_secs(2));
+                            calm_at = Instant::now() + STIRRED;
                         }
                         Event::Init | Event::InitApply(_) => {}
                         Event::InitDone => {
@@ -273,7 +286,15 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                 Some(Err(error)) => tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew"),
                 None => break Err(anyhow::anyhow!("the watch of BotContainers ended")),
             },
-            Some(uid) = events.recv() => loops.wake_uid(&uid, "containerd event"),
+            Some(heard) = events.recv() => match heard {
+                Heard::Task(uid) => loops.wake_uid(&uid, "containerd event"),
+                // It tells of nothing that it finds when it starts, and its death cuts off whatever it was at.
+                Heard::Back => {
+                    loops.wake_all("containerd is back");
+                    sweep_at = sweep_at.min(Instant::now() + Duration::from_secs(2));
+                    calm_at = Instant::now() + STIRRED;
+                }
+            },
             Ok(()) = cidr_seen.changed() => loops.wake_all("node CIDR"),
             Ok(()) = ready.changed() => health.set_ready(listed && *ready.borrow()),
             ended = loops.reap() => if let Err(error) = ended {
@@ -301,10 +322,11 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                         }
                         Err(error) => {
                             tracing::warn!(error = %chain(&error), "nothing was swept");
-                            Duration::from_secs(30)
+                            Duration::from_secs(10)
                         }
                     };
-                    sweep_at = Instant::now() + wait;
+                    let now = Instant::now();
+                    sweep_at = now + if now < calm_at { wait.min(SWEEP_STIRRED) } else { wait };
                 }
                 Err(error) => break Err(anyhow::Error::new(error).context("the sweep ended by a bug")),
             },
@@ -441,9 +463,17 @@ async fn keep_logger(output: Output, stop: CancellationToken) {
     }
 }
 
-/// Turns containerd's task events into triggers. What is missed while the stream is down is made good by waking nobody:
-/// each loop looks again by itself.
-async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop: CancellationToken) {
+/// What containerd's event stream says.
+enum Heard {
+    /// Something happened to a bot's task.
+    Task(BotUid),
+    /// containerd was away, and anything may have happened.
+    Back,
+}
+
+/// Turns containerd's task events into triggers.
+async fn follow_events(containerd: Containerd, wake: mpsc::Sender<Heard>, stop: CancellationToken) {
+    let mut broken = false;
     let filter = format!("namespace=={},topic~=\"/tasks/\"", containerd.namespace());
     loop {
         let mut request = tonic::Request::new(SubscribeRequest { filters: vec![filter.clone()] });
@@ -451,9 +481,17 @@ async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop:
         *request.metadata_mut() = containerd.request(()).metadata().clone();
         request.metadata_mut().remove("grpc-timeout");
         let mut events = containerd.events();
-        // containerd answers with its first event, however long nothing happens.
+        // What is missed while the stream is down is made good by a look at all. Asked beside it: containerd answers a
+        // subscription with its first event, however long nothing happens.
+        let back = async {
+            if broken && containerd.version().version(containerd.request(())).await.is_ok() {
+                // Nobody listens any more only where the agent ends.
+                let _ = wake.send(Heard::Back).await;
+                broken = false;
+            }
+        };
         let subscribed = tokio::select! {
-            subscribed = events.subscribe(request) => subscribed,
+            (subscribed, ()) = async { tokio::join!(events.subscribe(request), back) } => subscribed,
             () = stop.cancelled() => return,
         };
         match subscribed {
@@ -472,7 +510,7 @@ async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop:
                                 .and_then(|event| container_of(&envelope.topic, &event.value))
                                 .and_then(|id| ContainerId::uid_of(&id));
                             if let Some(uid) = uid
-                                && wake.send(uid).await.is_err()
+                                && wake.send(Heard::Task(uid)).await.is_err()
                             {
                                 return;
                             }
@@ -487,6 +525,7 @@ async fn follow_events(containerd: Containerd, wake: mpsc::Sender<BotUid>, stop:
             }
             Err(error) => tracing::debug!(error = %error.message(), "no event stream of containerd"),
         }
+        broken = true;
         tokio::select! {
             () = tokio::time::sleep(run::jittered(Duration::from_secs(1))) => {}
             () = stop.cancelled() => return,

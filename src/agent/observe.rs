@@ -17,6 +17,7 @@ use crate::output::{Output as OutputDriver, OutputError};
 use super::cgroup::Cgroups;
 use super::labels;
 use super::record::Record;
+use super::shim::Shims;
 
 /// What is really there of one bot. Every fact of a status comes out of here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +78,9 @@ pub enum Task {
     },
     /// containerd does not know: its shim is gone or does not answer.
     Unknown,
+    /// containerd has none, and yet there is something of one: a creation or deletion was cut off, or is being put away.
+    /// There may be a process in it.
+    Leftover,
 }
 
 /// A writable layer.
@@ -140,6 +144,7 @@ pub struct Observer {
     network: Network,
     output: OutputDriver,
     cgroups: Cgroups,
+    shims: Shims,
     files_dir: PathBuf,
 }
 
@@ -150,9 +155,10 @@ impl Observer {
         network: Network,
         output: OutputDriver,
         cgroups: Cgroups,
+        shims: Shims,
         files_dir: PathBuf,
     ) -> Self {
-        Self { containerd, network, output, cgroups, files_dir }
+        Self { containerd, network, output, cgroups, shims, files_dir }
     }
 
     /// What is there of one bot now. `snapshotter` is where its layer is looked for while no container tells.
@@ -206,7 +212,10 @@ impl Observer {
         let request = self.containerd.request(GetTaskRequest { container_id: id.to_string(), exec_id: String::new() });
         let process = match self.containerd.tasks().get(request).await.call("get task", id.as_str()) {
             Ok(response) => response.process,
-            Err(error) if error.is_not_found() => return Ok(Task::Absent),
+            // Looked for after containerd was asked: a task that it was still removing then is no leftover.
+            Err(error) if error.is_not_found() => {
+                return Ok(if self.shims.left(id).is_some() { Task::Leftover } else { Task::Absent });
+            }
             Err(error) => return Err(error),
         };
         let Some(process) = process else { return Ok(Task::Unknown) };

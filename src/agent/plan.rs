@@ -3,6 +3,7 @@
 //! ```text
 //! gone      task live? -> Stop .. Kill -> Reap -> Remove(layer, network, output) -> RemoveContainer -> Settled(Removed)
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
+//! all       something left of a task that containerd does not know? -> PutAway
 //! alive     an end to note? -> Reap / RecordLost
 //!           task live, spec changed -> Stop .. Kill -> Reap
 //!           no task: may it start? -> Prepare(missing parts) -> WriteContainer -> CreateTask -> StartAttempt
@@ -10,8 +11,8 @@
 //! refused   an end to note? an order to carry out? a logger to mend? else as it is                  -> Settled(Refused)
 //! ```
 //!
-//! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun
-//! (invariant 2), and none to removing a layer but from a goal of `Gone` (invariant 1).
+//! Take down before building up: no way leads to `StartAttempt` while a task of the bot is there that was begun, or what
+//! is left of one (invariant 2), none to `RecordLost` while something of it may live, and none to removing a layer but from a goal of `Gone` (invariant 1).
 
 use std::time::Duration;
 
@@ -110,6 +111,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
 fn leave_alone(record: &Record, observed: &Observed, grace: Duration, now: Timestamp) -> Option<Next> {
     match observed.task {
         Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
+        Task::Leftover => Some(Next::Do(Step::PutAway)),
         Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
         Task::Absent | Task::Created => None,
         task if record.stop_ordered.is_some() => Some(stop(record, task, grace, now)),
@@ -127,6 +129,7 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
     match observed.task {
         Task::Absent if matches!(record.life, Life::Started { .. }) => Some(Next::Do(Step::RecordLost)),
         Task::Absent => None,
+        Task::Leftover => Some(Next::Do(Step::PutAway)),
         Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
         // Never ran: nothing to be polite to.
         Task::Created => Some(kill(record, now)),
@@ -138,6 +141,7 @@ fn take_down(record: Option<&Record>, observed: &Observed, grace: Duration, now:
 fn unexplained(task: Task) -> Option<Next> {
     match task {
         Task::Absent => None,
+        Task::Leftover => Some(Next::Do(Step::PutAway)),
         Task::Stopped { .. } | Task::Unknown => Some(Next::Do(Step::Reap)),
         Task::Created | Task::Running { .. } | Task::Paused { .. } => Some(Next::Do(Step::Kill)),
     }
@@ -215,6 +219,7 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
     let image_changed = record.image != alive.image.to_string();
     match observed.task {
         Task::Stopped { .. } | Task::Unknown => Next::Do(Step::Reap),
+        Task::Leftover => Next::Do(Step::PutAway),
         Task::Absent => match record.life {
             Life::Started { .. } => Next::Do(Step::RecordLost),
             Life::Ended if changed => Next::Do(Step::SettleEnd),

@@ -28,6 +28,7 @@ use super::metrics::Metrics;
 use super::observe::{Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
+use super::shim::{LEFTOVERS, Patience};
 use super::status::{Trouble, report};
 use super::step::Step;
 use super::sweep::Orphan;
@@ -44,9 +45,8 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// See [`RETRY_FIRST`].
 const RETRY_MOST: Duration = Duration::from_secs(300);
 
-/// How long containerd may take to put away what was half made when its client went: a shim gets 5 s for that, and may be
-/// asked twice.
-const LEFTOVERS: Duration = Duration::from_secs(15);
+/// How soon a bot is looked at again of whose task something is left: containerd tells nobody when it has put it away.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
@@ -84,12 +84,16 @@ pub struct Trigger {
 
 impl Trigger {
     fn wake(&self, reason: &'static str) {
+        self.note(reason);
+        self.notify.notify_one();
+    }
+
+    /// Says why a pass comes that nobody has to be woken for.
+    fn note(&self, reason: &'static str) {
         let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
         if !reasons.contains(&reason) {
             reasons.push(reason);
         }
-        drop(reasons);
-        self.notify.notify_one();
     }
 
     fn take(&self) -> Vec<&'static str> {
@@ -215,6 +219,8 @@ struct BotLoop {
     /// Until then containerd may still be putting away a task whose creation was cut off, by this agent or one before it.
     /// A guess that a restart widens, never a fact that it loses.
     leftovers_until: Instant,
+    /// Of what is left of its task.
+    patience: Patience,
 }
 
 /// How a pass ended.
@@ -228,7 +234,16 @@ enum Pass {
 impl BotLoop {
     fn new(shared: Arc<Shared>, bot: Bot, trigger: Arc<Trigger>) -> Self {
         let leftovers_until = shared.began + LEFTOVERS;
-        Self { shared, bot, trigger, retry: None, busy_since: None, written: None, leftovers_until }
+        Self {
+            shared,
+            bot,
+            trigger,
+            retry: None,
+            busy_since: None,
+            written: None,
+            leftovers_until,
+            patience: Patience::default(),
+        }
     }
 
     async fn run(mut self) {
@@ -239,7 +254,7 @@ impl BotLoop {
             tokio::select! {
                 // Cancelled by nothing but the end of the agent; a trigger that comes meanwhile stays noted.
                 () = self.trigger.notify.notified() => {}
-                () = sleep_until(until) => self.trigger.wake("timer"),
+                () = sleep_until(until) => self.trigger.note("timer"),
                 () = self.shared.stop.cancelled() => return,
             }
             let reasons = self.trigger.take();
@@ -284,6 +299,7 @@ impl BotLoop {
                     return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
                 }
             };
+            let overdue = self.patience.is_over(observed.task);
             let next = plan(&desired, &observed, Timestamp::now());
             match &next {
                 Next::Do(step) => {
@@ -292,7 +308,19 @@ impl BotLoop {
                         return Pass::Wait(Some(at));
                     }
                     let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
-                    match self.step(*step, &bot, &desired, &observed, &next, busy_since).await {
+                    let done = self.step(*step, &bot, &desired, &observed, &next, overdue, busy_since).await;
+                    if *step == Step::PutAway && overdue {
+                        self.patience.shims_ended();
+                    }
+                    match done {
+                        // Nothing tells when containerd is done with it, so it is asked.
+                        Ok(()) if *step == Step::PutAway => {
+                            self.retry.take_if(|retry| retry.trouble.step == *step);
+                            if busy_since.elapsed() > TELL_AFTER {
+                                self.tell(&bot, &desired, &observed, &next).await;
+                            }
+                            return Pass::Wait(Some(Instant::now() + LOOK_AGAIN));
+                        }
                         Ok(()) => {
                             let repeats = match last {
                                 Some((before, n)) if before == *step => n + 1,
@@ -388,13 +416,14 @@ impl BotLoop {
         desired: &Desired,
         observed: &Observed,
         next: &Next,
+        overdue: bool,
         busy_since: Instant,
     ) -> Result<(), Failed> {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
         let leftovers = Instant::now() < self.leftovers_until;
-        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, failures };
+        let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, overdue, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let _permit = shared.steps.acquire().await;

@@ -1,42 +1,50 @@
-//! Leftovers of tasks whose creation was cut off: shims, bundles and cgroups that containerd does not know any more.
+//! What is left of a task that containerd does not know: shim, bundle, runc's container, cgroups.
 //!
 //! containerd's own names of tasks are made to be used once. A bot's is used at each of its starts, so what is left of one
-//! is in the way of the next, for ever (all seen with 1.6.20):
+//! is in the way of the next, for ever. A creation that is cut off leaves (seen with 1.6.20, and read in its source):
 //!
-//! - Who kills a client of containerd in the middle of a creation makes containerd kill `containerd-shim-* start`, which
-//!   may have made the shim already and not yet said where it listens. Nobody ends that shim, and the next creation
-//!   finds its socket and takes it for its own.
-//! - Who kills containerd then leaves a bundle that it can't put away when it is back: `containerd-shim-* delete` wants a
-//!   file that is written later. The next creation fails, since the bundle's directory is there. Or it leaves a shim with
-//!   a container that is made and not started, which containerd gives up when it is back and finds the shim busy.
+//! - When the client dies, containerd forgets the task at once and then waits, 5 s a call, for a shim that is still in
+//!   the middle of `runc create`. What runc makes after that is nobody's.
+//! - When containerd dies, its shims see the connection break and kill `runc create`: cgroups without a container of
+//!   runc's, or a container that was never started. containerd that is back knows the shim, but finds no task in it; or
+//!   it can't put the bundle away, since `containerd-shim-* delete` wants a file that is written later.
+//! - When containerd dies while a bundle is removed, the bundle stays under its hidden name, and every later removal of a
+//!   bundle of that id fails on it.
 //!
-//! [`Shims::clear`] removes what is in the way of one bot, [`Strays`] what is in nobody's way. What containerd says it does
-//! not know is put away, whole: nobody could stop it any more, and the bot's next attempt would run beside it. A shim of a
-//! task that containerd knows, or is not sure of, is let be, unless it has neither child nor task. Of a bundle only
-//! containerd's own files are removed, never what is mounted in it.
+//! A bot's loop sees bundle and cgroups at each look ([`Shims::left`]), and takes no step before they are put away: so what
+//! is noted as ended has ended, no start meets an earlier one, and a bot that is said to be removed is. A shim alone is in
+//! nobody's way, since the next creation takes it for its own; it goes with the bot. What is left of bots that have no loop
+//! is found by the sweeper ([`Shims::list`]).
+//!
+//! Of a bundle only containerd's own files are removed, never what is mounted in it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use containerd_client::services::v1::{GetRequest as GetTaskRequest, ListTasksRequest};
+use containerd_client::services::v1::GetRequest as GetTaskRequest;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::UnmountFlags;
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::Signal;
 use tokio::time::Instant;
 
 use crate::api::condition::{chain, cut};
-use crate::api::ids::ContainerId;
+use crate::api::ids::{BotUid, ContainerId};
 use crate::containerd::{CallContext as _, CallFailed, Containerd};
 
-use super::cgroup::Cgroups;
+use super::cgroup::{Cgroups, descriptor};
+use super::observe::Task;
 
-/// How long a shim may be without a process, and a bundle without a task: one that is being made is so too.
-const GRACE: Duration = Duration::from_secs(30);
+/// How long containerd may take to put away itself what was half made when its client went: it waits 5 s for a shim, up to
+/// three times. A creation of the same id must not come in between, and so neither must we.
+pub const LEFTOVERS: Duration = Duration::from_secs(15);
+
+/// How long containerd may take to put away itself what a shim leaves that it sees end.
+const SHIM_ENDED: Duration = Duration::from_secs(7);
 
 /// How long a killed shim may take to be gone.
 const GONE_SECONDS: i64 = 2;
@@ -44,24 +52,31 @@ const GONE_SECONDS: i64 = 2;
 /// How long a shim's delete command may take.
 const DELETE: Duration = Duration::from_secs(10);
 
-/// A process, told from a later one of the same number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Process {
-    pid: u32,
-    /// Clock ticks since the machine's start (proc(5), `stat`).
-    started: u64,
+/// Where the runc shim keeps runc's records, a folder a containerd namespace. The shim has it built in.
+const RUNC: &str = "/run/containerd/runc";
+
+/// What is left of a task is not put away.
+#[derive(Debug, thiserror::Error)]
+pub enum PutAwayFailed {
+    /// containerd did not say whether it has a task.
+    #[error("can't ask whether containerd has a task")]
+    Containerd(#[from] CallFailed),
+    /// What can't be read is not empty.
+    #[error("can't look at the machine's processes in /proc")]
+    Processes(#[source] io::Error),
+    /// It is still there.
+    #[error(
+        "what is left of an earlier task of {id} can't be put away: {path} stays; look for what holds it, for example with fuser"
+    )]
+    Stays {
+        /// The container's id.
+        id: ContainerId,
+        /// A bundle or cgroup of it.
+        path: PathBuf,
+    },
 }
 
-/// A process as `/proc` shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    process: Process,
-    parent: u32,
-    /// Of a shim of ours: the id of its container.
-    shim_of: Option<String>,
-}
-
-/// The shims and bundles of one containerd's namespace.
+/// What tasks leave in one containerd's namespace.
 #[derive(Clone, Debug)]
 pub struct Shims {
     containerd: Containerd,
@@ -70,99 +85,166 @@ pub struct Shims {
     namespace: String,
     /// Where containerd has the bundles of that namespace: a directory a task.
     bundles: PathBuf,
+    cgroups: Cgroups,
 }
 
 impl Shims {
     /// `address` is containerd's socket, `state` its state directory, `namespace` ours in it.
-    pub fn new(containerd: Containerd, address: &Path, state: &Path, namespace: &str) -> Self {
+    pub fn new(containerd: Containerd, address: &Path, state: &Path, namespace: &str, cgroups: Cgroups) -> Self {
         let bundles = state.join("io.containerd.runtime.v2.task").join(namespace);
-        Self { containerd, address: address.to_owned(), namespace: namespace.to_owned(), bundles }
+        Self { containerd, address: address.to_owned(), namespace: namespace.to_owned(), bundles, cgroups }
     }
 
-    /// Removes what is left of a creation before `since`, where containerd has no task of that id. Says whether there was
-    /// anything.
-    pub async fn clear(&self, id: &ContainerId, since: SystemTime) -> Result<bool, CallFailed> {
-        if self.has_task(id.as_str()).await? {
-            return Ok(false);
+    /// A bundle or a cgroup of that id: a task that is none of containerd's, where containerd has none. Cheap.
+    pub fn left(&self, id: &ContainerId) -> Option<PathBuf> {
+        let there = |path: &PathBuf| fs::symlink_metadata(path).is_ok();
+        self.bundles(id).into_iter().find(there).or_else(|| self.cgroups.dirs(id).into_iter().find(there))
+    }
+
+    /// Every bot that has a shim, a bundle or a cgroup, whether or not containerd has its task.
+    pub async fn list(&self) -> io::Result<BTreeSet<BotUid>> {
+        let this = self.clone();
+        let look = move || {
+            let mut found: BTreeSet<BotUid> =
+                this.processes()?.into_iter().filter_map(|(_, id)| ContainerId::uid_of(&id)).collect();
+            match fs::read_dir(&this.bundles) {
+                Ok(entries) => {
+                    let names = entries
+                        .collect::<io::Result<Vec<_>>>()?
+                        .into_iter()
+                        .filter_map(|e| e.file_name().into_string().ok());
+                    found.extend(names.filter_map(|name| ContainerId::uid_of(name.strip_prefix('.').unwrap_or(&name))));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            found.extend(this.cgroups.list());
+            Ok(found)
+        };
+        tokio::task::spawn_blocking(look).await.map_err(io::Error::other)?
+    }
+
+    /// Removes what nobody can be using: the empty cgroups of a task whose bundle is gone. That is all that can be done
+    /// while containerd may be at it itself.
+    pub async fn tidy(&self, id: &ContainerId) -> Result<(), PutAwayFailed> {
+        let (this, id) = (self.clone(), id.clone());
+        let tidy = move || {
+            if this.bundles(&id).iter().all(|bundle| fs::symlink_metadata(bundle).is_err()) {
+                this.cgroups.remove(&id);
+            }
+        };
+        tokio::task::spawn_blocking(tidy).await.map_err(|error| PutAwayFailed::Processes(io::Error::other(error)))
+    }
+
+    /// Puts away what is left of a task, where containerd has had its time to do it (see [`Patience`]) and has no task of
+    /// that id: shims, and once there is none, runc's container, whatever process is in its cgroups, cgroups, bundle. The
+    /// end of a shim is seen by containerd, which may know it, and begins to put away the rest itself: it gets its time again.
+    pub async fn put_away(&self, id: &ContainerId) -> Result<(), PutAwayFailed> {
+        if self.has_task(id).await? || self.end_shims(id).await.map_err(PutAwayFailed::Processes)? {
+            return Ok(());
         }
-        let of_bot = |seen: &Seen| seen.shim_of.as_deref() == Some(id.as_str());
-        let mut cleared = false;
-        for seen in self.processes().await.iter().filter(|seen| of_bot(seen) && began(seen.process) < since) {
-            cleared |= self.end(seen.process, id.as_str()).await;
+        tracing::warn!(%id, left = ?self.left(id), "putting away what is left of a task that containerd does not know");
+        for bundle in self.bundles(id) {
+            self.delete_container(&bundle, id).await;
         }
-        // A shim that is there still needs its bundle.
-        if !self.processes().await.iter().any(of_bot) {
-            cleared |= self.remove_bundle(id.as_str(), since);
+        let (this, id) = (self.clone(), id.clone());
+        let rest = move || {
+            this.cgroups.kill(&id);
+            this.cgroups.remove(&id);
+            // Of a container that runc was not asked to delete, since its bundle went before it was made.
+            let _ = fs::remove_dir_all(Path::new(RUNC).join(&this.namespace).join(id.as_str()));
+            for bundle in this.bundles(&id) {
+                match remove_bundle(&bundle) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        tracing::warn!(bundle = %bundle.display(), error = %chain(&error), "a bundle stays");
+                    }
+                    _ => {}
+                }
+            }
+            match this.left(&id) {
+                Some(path) => Err(PutAwayFailed::Stays { id, path }),
+                None => Ok(()),
+            }
+        };
+        tokio::task::spawn_blocking(rest).await.map_err(|error| PutAwayFailed::Processes(io::Error::other(error)))?
+    }
+
+    /// Ends shims that bear the id of a bot of which nothing else is left.
+    pub async fn end_idle(&self, id: &ContainerId) -> Result<(), PutAwayFailed> {
+        if self.has_task(id).await? {
+            // Somebody else's, who took our name.
+            return Ok(());
         }
-        Ok(cleared)
+        self.end_shims(id).await.map(|_| ()).map_err(PutAwayFailed::Processes)
     }
 
     /// Whether containerd has a task of that id that it can find.
-    pub async fn has_task(&self, id: &str) -> Result<bool, CallFailed> {
-        let get = GetTaskRequest { container_id: id.to_owned(), exec_id: String::new() };
-        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id) {
+    async fn has_task(&self, id: &ContainerId) -> Result<bool, CallFailed> {
+        let get = GetTaskRequest { container_id: id.to_string(), exec_id: String::new() };
+        match self.containerd.tasks().get(self.containerd.request(get)).await.call("get task", id.as_str()) {
             Ok(_) => Ok(true),
             Err(error) if error.is_not_found() => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// All processes of the machine.
-    async fn processes(&self) -> Vec<Seen> {
-        let this = self.clone();
-        let look = move || {
-            let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
-            let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-            pids.filter_map(|pid| this.look(pid)).collect()
-        };
-        tokio::task::spawn_blocking(look).await.unwrap_or_default()
+    /// Where a bundle of that id may be: containerd renames it before it removes it.
+    fn bundles(&self, id: &ContainerId) -> [PathBuf; 2] {
+        [self.bundles.join(id.as_str()), self.bundles.join(format!(".{id}"))]
     }
 
-    /// `None` for a process that is gone meanwhile.
-    fn look(&self, pid: u32) -> Option<Seen> {
-        let (parent, started) = stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
-        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    /// All shims of ours: their process, and the id of their container.
+    fn processes(&self) -> io::Result<Vec<(u32, String)>> {
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc")? {
+            let pid = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+            found.extend(pid.and_then(|pid| Some((pid, self.shim_of(pid)?))));
+        }
+        Ok(found)
+    }
+
+    /// The id of a process's container, where it is a shim of ours. `None` for a process that is gone meanwhile.
+    fn shim_of(&self, pid: u32) -> Option<String> {
+        let command = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let (id, address) = shim_of(&command, &self.namespace)?;
         // The same socket, by whatever path: another containerd of this machine may have our namespace too, and its processes
         // may stand in our /proc.
-        let shim_of = shim_of(&command, &self.namespace)
-            .filter(|(_, address)| same_file(&in_root_of(pid, address), &self.address))
-            .map(|(id, _)| id);
-        Some(Seen { process: Process { pid, started }, parent, shim_of })
+        same_file(&in_root_of(pid, &address), &self.address).then_some(id)
     }
 
-    /// Puts away a shim's container, kills the shim, and waits until it is gone. Through a descriptor: the number may be
-    /// another's by the time of the signal.
-    async fn end(&self, process: Process, id: &str) -> bool {
-        let Some(pid) = i32::try_from(process.pid).ok().and_then(Pid::from_raw) else { return false };
-        let Ok(descriptor) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else { return false };
-        let program = fs::read_link(format!("/proc/{}/exe", process.pid));
-        let still = self.look(process.pid).is_some_and(|seen| seen.process == process && seen.shim_of.is_some());
-        let Ok(program) = program else { return false };
-        if !still {
-            return false;
-        }
-        // The file tells that there is a container: its processes, mounts and cgroups go with it.
-        if self.bundles.join(id).join("runtime").exists() {
-            self.delete_container(&program, id).await;
-        }
-        if rustix::process::pidfd_send_signal(&descriptor, Signal::KILL).is_err() {
-            return false;
-        }
-        let gone = tokio::task::spawn_blocking(move || {
-            let limit = Timespec { tv_sec: GONE_SECONDS, tv_nsec: 0 };
-            poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit))
-        });
-        let _ = gone.await;
-        tracing::warn!(pid = process.pid, %id, "ended a shim that containerd does not know");
-        true
+    /// Kills all shims of that id and waits until they are gone; whether there were any. Through a descriptor: the number may
+    /// be another's by the time of the signal.
+    async fn end_shims(&self, id: &ContainerId) -> io::Result<bool> {
+        let (this, id) = (self.clone(), id.clone());
+        let end = move || -> io::Result<bool> {
+            let mut ended = false;
+            for (pid, _) in this.processes()?.into_iter().filter(|(_, of)| of == id.as_str()) {
+                let Some(process) = descriptor(pid) else { continue };
+                if this.shim_of(pid).as_deref() != Some(id.as_str()) {
+                    continue;
+                }
+                if rustix::process::pidfd_send_signal(&process, Signal::KILL).is_ok() {
+                    let limit = Timespec { tv_sec: GONE_SECONDS, tv_nsec: 0 };
+                    let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit));
+                    tracing::warn!(pid, %id, "ended a shim of a task that containerd does not know");
+                    ended = true;
+                }
+            }
+            Ok(ended)
+        };
+        tokio::task::spawn_blocking(end).await.map_err(io::Error::other)?
     }
 
-    /// As containerd does for a shim that died (runtime v2's `delete` command).
-    async fn delete_container(&self, program: &Path, id: &str) {
-        let bundle = self.bundles.join(id);
+    /// As containerd does for a shim that died (runtime v2's `delete` command), where its creation came so far that there
+    /// can be a container: both files are there then.
+    async fn delete_container(&self, bundle: &Path, id: &ContainerId) {
+        let program = fs::read_to_string(bundle.join("shim-binary-path")).unwrap_or_default();
+        if program.is_empty() || !bundle.join("runtime").exists() {
+            return;
+        }
         let mut command = tokio::process::Command::new(program);
-        command.args(["-namespace", &self.namespace, "-id", id, "-address"]).arg(&self.address);
-        command.arg("-bundle").arg(&bundle).arg("delete").current_dir(&bundle).stdin(Stdio::null()).kill_on_drop(true);
+        command.args(["-namespace", &self.namespace, "-id", id.as_str(), "-address"]).arg(&self.address);
+        command.arg("-bundle").arg(bundle).arg("delete").current_dir(bundle).stdin(Stdio::null()).kill_on_drop(true);
         match tokio::time::timeout(DELETE, command.output()).await {
             Ok(Ok(output)) if output.status.success() => {}
             Ok(Ok(output)) => {
@@ -173,24 +255,29 @@ impl Shims {
             Err(_) => tracing::warn!(%id, "the shim's delete command takes too long"),
         }
     }
+}
 
-    /// Removes a bundle that was made before `since`.
-    fn remove_bundle(&self, id: &str, since: SystemTime) -> bool {
-        let bundle = self.bundles.join(id);
-        let old = fs::symlink_metadata(&bundle).and_then(|meta| meta.modified()).is_ok_and(|made| made < since);
-        if !old {
+/// How long containerd is left alone with what is left of a bot's task. Kept by whoever tends the bot, and lost with him:
+/// then it takes longer.
+#[derive(Debug, Default)]
+pub struct Patience {
+    until: Option<Instant>,
+}
+
+impl Patience {
+    /// One look at the bot's task. Whether containerd has had its time to put away what is left of one.
+    pub fn is_over(&mut self, task: Task) -> bool {
+        if task != Task::Leftover {
+            self.until = None;
             return false;
         }
-        match remove_bundle(&bundle) {
-            Ok(()) => {
-                tracing::warn!(bundle = %bundle.display(), "removed a bundle that containerd does not know");
-                true
-            }
-            Err(error) => {
-                tracing::warn!(bundle = %bundle.display(), error = %chain(&error), "a bundle that containerd does not know stays");
-                false
-            }
-        }
+        let now = Instant::now();
+        *self.until.get_or_insert(now + LEFTOVERS) <= now
+    }
+
+    /// [`Shims::put_away`] was tried. Where it ended shims, containerd may be at it again.
+    pub fn shims_ended(&mut self) {
+        self.until = Some(Instant::now() + SHIM_ENDED);
     }
 }
 
@@ -208,117 +295,6 @@ fn remove_bundle(bundle: &Path) -> io::Result<()> {
         }
     }
     fs::remove_dir(bundle)
-}
-
-/// Looks for shims, bundles and cgroups that nobody needs, and ends those that an earlier look, a grace time ago, found as well.
-#[derive(Debug)]
-pub struct Strays {
-    shims: Shims,
-    cgroups: Cgroups,
-    since: BTreeMap<Stray, Instant>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Stray {
-    Shim(Process),
-    Bundle(String),
-    Cgroup(ContainerId),
-}
-
-impl Strays {
-    /// Of those shims and bots' cgroups.
-    pub fn new(shims: Shims, cgroups: Cgroups) -> Self {
-        Self { shims, cgroups, since: BTreeMap::new() }
-    }
-
-    /// One look. Gives when to look again for what is stray now.
-    pub async fn sweep(&mut self) -> Result<Option<Duration>, CallFailed> {
-        let shims = &self.shims;
-        let seen = shims.processes().await;
-        let bundles: Vec<String> = fs::read_dir(&shims.bundles)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|name| ContainerId::uid_of(name).is_some())
-            .collect();
-        let cgroups: BTreeMap<String, ContainerId> =
-            self.cgroups.list().into_iter().map(|id| (id.to_string(), id)).collect();
-        // Asked after these were found: a task that has come since is one of another shim, or none of them is stray.
-        let request = shims.containerd.request(ListTasksRequest::default());
-        let tasks = shims.containerd.tasks().list(request).await.call("list", "tasks")?.tasks;
-        let pids = tasks.iter().map(|task| task.pid).collect();
-        let shimmed: BTreeSet<&str> = seen.iter().filter_map(|seen| seen.shim_of.as_deref()).collect();
-        // The list leaves out a task whose shim does not answer, and has one that lost its container, which nobody can kill or
-        // delete: only what is asked for by its name tells.
-        let mut unknown = BTreeSet::new();
-        let named = bundles.iter().map(String::as_str).chain(cgroups.keys().map(String::as_str));
-        for id in named.chain(shimmed.iter().copied()).collect::<BTreeSet<_>>() {
-            if matches!(shims.has_task(id).await, Ok(false)) {
-                unknown.insert(id);
-            }
-        }
-        let mut found: BTreeMap<Stray, String> =
-            strays(&seen, &pids, &unknown).into_iter().map(|(process, id)| (Stray::Shim(process), id)).collect();
-        for bundle in bundles.iter().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
-            found.insert(Stray::Bundle(bundle.clone()), bundle.clone());
-        }
-        for id in cgroups.values().filter(|id| unknown.contains(id.as_str()) && !shimmed.contains(id.as_str())) {
-            found.insert(Stray::Cgroup(id.clone()), id.to_string());
-        }
-        let now = Instant::now();
-        self.since.retain(|stray, _| found.contains_key(stray));
-        let mut wait = None;
-        for (stray, id) in found {
-            let age = now.duration_since(*self.since.entry(stray.clone()).or_insert(now));
-            if age < GRACE {
-                wait = Some(wait.unwrap_or(GRACE).min(GRACE - age + Duration::from_millis(100)));
-                continue;
-            }
-            match stray {
-                Stray::Shim(process) => {
-                    if shims.end(process, &id).await
-                        && let Some(id) = cgroups.get(&id)
-                    {
-                        // What it left goes with it, and not a grace time later; a bot that lives keeps its own.
-                        self.cgroups.remove_empty(id);
-                    }
-                }
-                Stray::Cgroup(id) => self.cgroups.remove_empty(&id),
-                Stray::Bundle(_) => {
-                    let before = SystemTime::now().checked_sub(GRACE).unwrap_or(SystemTime::UNIX_EPOCH);
-                    shims.remove_bundle(&id, before);
-                }
-            }
-        }
-        Ok(wait)
-    }
-}
-
-/// When a process began, by the wall clock of now.
-fn began(process: Process) -> SystemTime {
-    let ticks = rustix::param::clock_ticks_per_second().max(1);
-    let up = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-    let up = Duration::new(up.tv_sec.max(0).unsigned_abs(), u32::try_from(up.tv_nsec).unwrap_or(0));
-    let started = Duration::from_millis(process.started.saturating_mul(1000) / ticks);
-    SystemTime::now().checked_sub(up.saturating_sub(started)).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-/// Shims of ours that nobody can need, each with the id of its container: those of `unknown` ids, and those that have
-/// neither a child nor a task. `tasks` are the processes that containerd knows.
-fn strays(seen: &[Seen], tasks: &BTreeSet<u32>, unknown: &BTreeSet<&str>) -> BTreeMap<Process, String> {
-    let parents: BTreeSet<u32> = seen.iter().map(|seen| seen.parent).collect();
-    // A task whose process is gone from /proc does not tell which shim is its own: then each may be.
-    let unclear = tasks.iter().any(|task| !seen.iter().any(|seen| seen.process.pid == *task));
-    let shims = seen.iter().filter_map(|seen| Some((seen.process, seen.shim_of.clone()?)));
-    let idle = |process: &Process| !unclear && !parents.contains(&process.pid);
-    shims.filter(|(process, id)| unknown.contains(id.as_str()) || idle(process)).collect()
-}
-
-/// Parent and start of a process, from `/proc/PID/stat`; the name in it may hold anything but ends at the last bracket.
-fn stat(text: &str) -> Option<(u32, u64)> {
-    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-    Some((fields.get(1)?.parse().ok()?, fields.get(19)?.parse().ok()?))
 }
 
 /// The container's id and containerd's socket, where a command line is that of a bot's shim in that namespace.
@@ -347,23 +323,6 @@ mod tests {
     use super::*;
 
     const ID: &str = "berth-2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
-
-    #[test]
-    fn only_a_shim_that_nobody_can_need_is_stray() {
-        let process = |pid| Process { pid, started: 7 };
-        let other = "berth-00000000-8f0c-4d7e-9a55-0f6a3d1f2b11";
-        let shim = |pid, of: &str| Seen { process: process(pid), parent: 1, shim_of: Some(of.to_owned()) };
-        let child = |pid, parent| Seen { process: process(pid), parent, shim_of: None };
-        let seen = [shim(10, ID), child(11, 10), shim(20, ID), shim(30, other), child(31, 30), child(40, 1)];
-        let pids = |tasks: &[u32], unknown: &[&str]| -> Vec<u32> {
-            let (tasks, unknown) = (tasks.iter().copied().collect(), unknown.iter().copied().collect());
-            strays(&seen, &tasks, &unknown).keys().map(|process| process.pid).collect()
-        };
-        assert_eq!(pids(&[11, 31], &[]), [20], "a second shim of a bot, without a process");
-        assert_eq!(pids(&[11], &[]), [20], "not sure of the other's: let be");
-        assert_eq!(pids(&[11], &[other]), [20, 30], "nobody could ever stop what it has made");
-        assert_eq!(pids(&[11, 99], &[]), Vec::<u32>::new(), "a task without a process may be of any of them");
-    }
 
     #[test]
     fn a_shim_is_told_by_its_command_line_and_containerds_socket() {
@@ -412,23 +371,5 @@ mod tests {
         fs::create_dir_all(bundle.join("rootfs/data")).unwrap();
         assert!(remove_bundle(&bundle).is_err());
         assert!(bundle.join("rootfs/data").exists());
-    }
-
-    #[test]
-    fn a_process_began_when_it_began() {
-        let (_, started) = stat(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap();
-        let began = began(Process { pid: 0, started });
-        let age = SystemTime::now().duration_since(began).unwrap();
-        assert!(age < Duration::from_secs(3600), "{age:?}");
-    }
-
-    #[test]
-    fn stat_is_read_behind_any_name() {
-        let own = stat(&fs::read_to_string("/proc/self/stat").unwrap()).unwrap();
-        assert_eq!(own.0, std::os::unix::process::parent_id());
-        assert!(own.1 > 0);
-        let odd = "7 (a) b (c) S 42 7 7 0 -1 4194560 0 0 0 0 0 0 0 0 20 0 1 0 12345 0";
-        assert_eq!(stat(odd), Some((42, 12345)));
-        assert_eq!(stat("garbage"), None);
     }
 }

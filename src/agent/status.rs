@@ -155,6 +155,19 @@ pub fn report(
     status
 }
 
+/// What is said of [`Task::Leftover`].
+const LEFTOVER: &str = "containerd lost the task; what is left of it is being put away";
+
+/// Why nobody can tell whether the process runs.
+fn unclear(observed: &Observed, record: Option<&Record>) -> Option<&'static str> {
+    match observed.task {
+        Task::Unknown => Some("containerd does not know the state of the process"),
+        // It may live on, though containerd lost it. What was never started does not run.
+        Task::Leftover => record.filter(|record| matches!(record.life, Life::Started { .. })).map(|_| LEFTOVER),
+        _ => None,
+    }
+}
+
 fn judge(
     desired: &Desired,
     observed: &Observed,
@@ -175,8 +188,8 @@ fn judge(
             _ => Verdict::working(Phase::Terminating, Reason::Terminating, "the bot is being removed from its node"),
         };
     }
-    if observed.task == Task::Unknown {
-        let message = trouble.map_or("containerd does not know the state of the process", |trouble| &trouble.message);
+    if let Some(why) = unclear(observed, record) {
+        let message = trouble.map_or(why, |trouble| &trouble.message);
         return Verdict { ready: None, ..Verdict::working(Phase::Unknown, Reason::RuntimeFailed, message) };
     }
     if let Some(trouble) = trouble {
@@ -199,7 +212,9 @@ fn judge(
         Task::Paused { .. } => Phase::Paused,
         _ => Phase::Failed,
     };
-    if let (Goal::Refused { refusal, .. }, Next::Do(Step::Reap | Step::RecordLost)) = (&desired.goal, next) {
+    if let (Goal::Refused { refusal, .. }, Next::Do(Step::Reap | Step::PutAway | Step::RecordLost)) =
+        (&desired.goal, next)
+    {
         return Verdict::stalled(phase_of_task, refusal.reason, &refusal.message);
     }
     match next {
@@ -220,11 +235,17 @@ fn judge(
             Step::WriteSkills => {
                 Verdict::working(phase_of_task, Reason::Starting, "the skills are being written into the bot's data")
             }
-            Step::Reap | Step::RecordLost | Step::SettleEnd | Step::Remove(_) | Step::RemoveContainer
+            Step::Reap
+            | Step::PutAway
+            | Step::RecordLost
+            | Step::SettleEnd
+            | Step::Remove(_)
+            | Step::RemoveContainer
                 if matches!(desired.goal, Goal::Stopped { .. }) =>
             {
                 Verdict::working(Phase::Stopping, Reason::Stopping, "what the process used is being put away")
             }
+            Step::PutAway => Verdict::working(Phase::Starting, Reason::Starting, LEFTOVER),
             Step::Prepare(_) if live => {
                 Verdict::working(phase_of_task, Reason::Starting, "the way of the bot's output is being mended")
             }
@@ -306,12 +327,14 @@ fn running(observed: &Observed, record: Option<&Record>, gone: bool) -> (Option<
     if gone {
         return (Some(false), Reason::Removed, "nothing of the bot is left on its node".into());
     }
+    if let Some(why) = unclear(observed, record) {
+        return (None, Reason::RuntimeFailed, why.into());
+    }
     match observed.task {
         Task::Running { .. } => (Some(true), Reason::Running, "the process runs".into()),
         Task::Paused { .. } => (Some(false), Reason::Paused, "the process is frozen".into()),
         Task::Created => (Some(false), Reason::Starting, "the process is made, not started".into()),
-        Task::Unknown => (None, Reason::RuntimeFailed, "containerd does not know the state of the process".into()),
-        Task::Absent | Task::Stopped { .. } => match record.map(|record| (record, record.last.as_ref())) {
+        _ => match record.map(|record| (record, record.last.as_ref())) {
             Some((record, Some(last))) if record.life == Life::Ended => {
                 let reason = Reason::parse(&last.reason).unwrap_or(Reason::Error);
                 (Some(false), reason, format!("the process ended with exit code {}", last.code))

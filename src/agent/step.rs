@@ -15,7 +15,7 @@ pub enum Step {
     /// call of containerd. Cut off: the container is as before or as wanted; mounted files are written anew next time.
     WriteContainer,
     /// Create the task, which starts shim and runc but not the process, and side by side connect its network where that
-    /// is not done. Cut off: a task in state created, or none, and a network that is whole, not begun, or half-made; with
+    /// is not done. Cut off: a task in state created, none, or what is left of one (`PutAway`), and a network that is whole, not begun, or half-made; with
     /// a half-made one the task is killed, since it holds the namespace that has to go.
     CreateTask {
         /// Whether the network is to be connected.
@@ -42,6 +42,9 @@ pub enum Step {
     /// next `Reap` only deletes. Where containerd can't say how the process is, only delete, which is refused while it
     /// lives: nothing is noted that was not seen.
     Reap,
+    /// Have containerd put away what is left of a task that it does not know; once it has had its time for that, do it: shims
+    /// and all other processes of the bot, runc's container, cgroups, bundle. Cut off: the rest is seen at the next look.
+    PutAway,
     /// The attempt was marked as started and its task is gone: note that it ended.
     RecordLost,
     /// Note that an end by itself is settled, since the bot is to be stopped or its spec changed: the next start asks no
@@ -89,6 +92,7 @@ impl Step {
             Self::Stop => "stop",
             Self::Kill => "kill",
             Self::Reap => "reap",
+            Self::PutAway => "put_away",
             Self::RecordLost => "record_lost",
             Self::SettleEnd => "settle_end",
             Self::Remove(_) => "remove",

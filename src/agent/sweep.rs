@@ -1,7 +1,7 @@
 //! Finds what nobody owns, and removes it by the rule of FAULTS.md: never because it was not listed once.
 //!
 //! ```text
-//! containers, layers, leases of ours; network; output      -> uids that have something on this node
+//! containers, layers, leases of ours; network; output; what tasks leave -> uids that have something on this node
 //!   less those that have a loop                             -> strangers
 //!   less those that a complete list of BotContainers has    -> orphans, since when
 //!   found again by a later complete list, a grace time on   -> taken down as a deleted bot is
@@ -33,7 +33,8 @@ use super::labels;
 use super::observe::Container;
 use super::plan::{Next, State, plan};
 use super::run::Shared;
-use super::shim::Strays;
+use super::shim::{LEFTOVERS, Patience, Shims};
+use super::step::Step;
 
 /// How often is looked.
 pub const EVERY: Duration = Duration::from_secs(180);
@@ -53,6 +54,9 @@ pub enum SweepFailed {
     /// The output's traces can't be listed.
     #[error("can't list the outputs of bots")]
     Output(#[from] OutputError),
+    /// Bundles or processes can't be listed.
+    #[error("can't list what tasks left")]
+    Tasks(#[source] std::io::Error),
     /// The API server gave no complete list.
     #[error("can't list the BotContainers")]
     Api(#[source] Box<kube::Error>),
@@ -89,7 +93,7 @@ pub struct Sweeper {
     containerd: Containerd,
     network: Network,
     output: Output,
-    strays: Strays,
+    shims: Shims,
     snapshotters: Vec<String>,
     grace: Duration,
     since: BTreeMap<BotUid, Instant>,
@@ -102,19 +106,18 @@ impl Sweeper {
         containerd: Containerd,
         network: Network,
         output: Output,
-        strays: Strays,
+        shims: Shims,
         snapshotters: Vec<String>,
         grace: Duration,
     ) -> Self {
-        Self { client, containerd, network, output, strays, snapshotters, grace, since: BTreeMap::new() }
+        Self { client, containerd, network, output, shims, snapshotters, grace, since: BTreeMap::new() }
     }
 
-    /// One look; `tended` are the uids that have a loop. Removes nothing but what is left of tasks.
+    /// One look; `tended` are the uids that have a loop. Removes nothing.
     pub async fn sweep(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
-        let wait = self.strays.sweep().await?.unwrap_or(EVERY);
         let mut strangers = self.local().await?;
         strangers.retain(|uid, _| !tended.contains(uid));
-        let mut found = Found { orphans: Vec::new(), wait };
+        let mut found = Found { orphans: Vec::new(), wait: EVERY };
         if strangers.is_empty() {
             self.since.clear();
             return Ok(found);
@@ -188,6 +191,9 @@ impl Sweeper {
         for output in self.output.list().await? {
             found.entry(output.uid).or_default();
         }
+        for uid in self.shims.list().await.map_err(SweepFailed::Tasks)? {
+            found.entry(uid).or_default();
+        }
         Ok(found)
     }
 
@@ -229,7 +235,8 @@ impl Orphan {
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
             goal: Goal::Gone { grace: GRACE },
         };
-        let deadline = Instant::now() + GRACE * 3;
+        let deadline = Instant::now() + GRACE * 3 + LEFTOVERS * 3;
+        let mut patience = Patience::default();
         while Instant::now() < deadline {
             let observed = shared.observer.observe(uid, &desired.snapshotter).await.map_err(|e| chain(&e))?;
             if let Container::Ours(record) = &observed.container {
@@ -238,15 +245,23 @@ impl Orphan {
             }
             match plan(&desired, &observed, Timestamp::now()) {
                 Next::Do(step) => {
+                    let overdue = patience.is_over(observed.task);
                     let work = Work {
                         desired: &desired,
                         bot: None,
                         observed: &observed,
                         cidr: None,
                         leftovers: false,
+                        overdue,
                         failures: 0,
                     };
                     shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
+                    if step == Step::PutAway {
+                        if overdue {
+                            patience.shims_ended();
+                        }
+                        tokio::time::sleep(Duration::from_millis(500)).await;
+                    }
                 }
                 Next::Settled { state: State::Removed, .. } => {
                     // What is left may be a lease, files or logs alone, which no observation shows.

@@ -48,6 +48,8 @@ enum Way {
     Ended,
     /// Its task was removed by somebody, and it is not to run again.
     Lost,
+    /// The same, and what containerd has on the disk of a task is left.
+    Left,
     /// It had ended by itself, then Stopped.
     Settled,
     /// Deleted while running.
@@ -85,6 +87,7 @@ fn way(effect: Effect) -> Way {
         Effect::StopResume => Way::StoppedFrozen,
         Effect::KillNote | Effect::KillSignal => Way::Stubborn,
         Effect::ReapNoteOutput => Way::Ended,
+        Effect::PutAwayDelete | Effect::PutAwayRest => Way::Left,
         Effect::LostNote => Way::Lost,
         Effect::SettleNote => Way::Settled,
         Effect::RemoveNetwork | Effect::RemoveOutput => Way::Stopped,
@@ -180,6 +183,16 @@ impl Scene {
                 self.agent.ctr(["tasks", "delete", "--force", &id(bot.unwrap())]);
                 bot.unwrap().clone()
             }
+            Way::Left => {
+                self.agent.ctr(["tasks", "delete", "--force", &id(bot.unwrap())]);
+                // Half removed, and half made.
+                for name in [format!(".{}", id(bot.unwrap())), id(bot.unwrap())] {
+                    let bundle = self.bundles().join(name);
+                    std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
+                    std::fs::write(bundle.join("config.json"), "{}").unwrap();
+                }
+                bot.unwrap().clone()
+            }
             Way::Deleted => {
                 self.ns.bots().delete(name, &DeleteParams::default()).await.unwrap();
                 bot.unwrap().clone()
@@ -230,12 +243,12 @@ impl Scene {
                 self.phase(name, Phase::Stopped).await;
                 starts(1);
             }
-            Way::Ended | Way::Lost | Way::Unstartable => {
+            Way::Ended | Way::Lost | Way::Left | Way::Unstartable => {
                 let bot = self.phase(name, Phase::Failed).await;
                 let last = bot.status.as_ref().and_then(|s| s.last_termination.clone()).unwrap();
                 let (reason, ran) = match way {
                     Way::Ended => ("Error", 1),
-                    Way::Lost => ("TaskLost", 1),
+                    Way::Lost | Way::Left => ("TaskLost", 1),
                     _ => ("StartError", 0),
                 };
                 assert_eq!(last.reason, reason, "{point}: {last:?}");
@@ -279,7 +292,7 @@ const ENDS_WHEN_TOLD: &str = "while ! [ -e /data/end ]; do usleep 20000; done; e
 
 const UP: &[Way] = &[Way::Up, Way::Addressed, Way::Pulled, Way::Unstartable];
 const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Skilled, Way::Changed];
-const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Settled];
+const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Left, Way::Settled];
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
 
 async fn points(name: &str, ways: &[Way]) {

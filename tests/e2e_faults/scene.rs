@@ -81,6 +81,12 @@ impl Scene {
         self.ns.phase(name, phase, SOON)
     }
 
+    /// Where containerd has the bundles of this node's tasks.
+    pub fn bundles(&self) -> PathBuf {
+        let state = Path::new(self.agent.env("BERTH_CONTAINERD_STATE")).join("io.containerd.runtime.v2.task");
+        state.join(self.agent.env("BERTH_CONTAINERD_NAMESPACE"))
+    }
+
     /// The directory on the disk that holds what a bot wrote.
     #[track_caller]
     pub fn layer(&self, bot: &BotContainer) -> PathBuf {

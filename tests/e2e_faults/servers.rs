@@ -72,6 +72,52 @@ async fn containerd_away_touches_no_bot_and_changes_are_made_when_it_is_back() {
     scene.end().await;
 }
 
+/// containerd forgot the tasks, nobody could stop their processes any more, and the next attempts ran beside them.
+#[tokio::test]
+async fn a_process_that_containerd_lost_is_ended_before_its_end_is_noted_and_another_starts() {
+    let scene = Scene::alone("lost").await;
+    let again = scene.apply(counting("again")).await;
+    let once = scene.apply(counting("once").restart(RestartPolicy::Never)).await;
+    let gone = scene.apply(counting("gone")).await;
+    let bots = [("again", &again), ("once", &once), ("gone", &gone)];
+    let mut pids = Vec::new();
+    for (name, bot) in bots {
+        scene.phase(name, Phase::Running).await;
+        scene.started(bot, 1).await;
+        pids.push(scene.pid(name).await);
+    }
+    // It finds tasks by their bundles, and only when it starts.
+    kill("-KILL", scene.cluster.pid("containerd"));
+    let (bundles, aside) = (scene.bundles(), scene.bundles().with_extension("aside"));
+    std::fs::rename(&bundles, &aside).unwrap();
+    scene.cluster.up_again();
+    let _ = std::fs::remove_dir(&bundles);
+    std::fs::rename(&aside, &bundles).unwrap();
+    for pid in &pids {
+        assert!(Path::new(&format!("/proc/{pid}")).exists(), "it runs on, and containerd does not know it");
+    }
+    scene.ns.bots().delete("gone", &kube::api::DeleteParams::default()).await.unwrap();
+
+    scene.started(&again, 2).await;
+    scene.phase("again", Phase::Running).await;
+    scene.diary(&again).assert_starts(2, "again");
+    let seen = scene.phase("once", Phase::Failed).await;
+    assert_eq!(seen.status.unwrap().last_termination.unwrap().reason, "TaskLost");
+    scene.diary(&once).assert_starts(1, "once");
+    wait_for("the deleted one gone", SOON, || async {
+        match scene.ns.bots().get_opt("gone").await {
+            Ok(None) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    for pid in pids {
+        // Whoever inherits a dead process may take his time to reap it.
+        assert!(!Path::new(&format!("/proc/{pid}/exe")).exists(), "{pid} lives on");
+    }
+    scene.end().await;
+}
+
 /// A node without an API server: what runs, runs on, what ends is started again, nothing is removed.
 async fn api_away(name: &str, stop: impl FnOnce(&Scene), back: impl FnOnce(&Scene)) {
     let mut scene = Scene::alone(name).await;

@@ -127,6 +127,7 @@ fn task() -> impl Strategy<Value = Task> {
         2 => Just(Task::Paused { pid: 7 }),
         2 => (select(vec![0u32, 1, 137]), time(), any::<bool>()).prop_map(|(code, at, oom)| Task::Stopped { code, at, oom }),
         1 => Just(Task::Unknown),
+        1 => Just(Task::Leftover),
     ]
 }
 
@@ -167,6 +168,7 @@ enum Event {
     ShimDies,
     ShimHangs,
     ShimAnswers,
+    TaskIsLost,
     NetworkVanishes,
     NetworkBreaks,
     LoggerDies,
@@ -187,7 +189,7 @@ fn event() -> impl Strategy<Value = Event> {
         3 => (0..700i64).prop_map(Event::Pass),
         1 => select(vec![-1_000_000i64, -30, 30, 1_000_000]).prop_map(Event::Clock),
         3 => (select(vec![0u32, 1, 137]), any::<bool>()).prop_map(|(code, oom)| Event::Exit(code, oom)),
-        1 => select(vec![Event::ShimDies, Event::ShimHangs, Event::ShimAnswers]),
+        1 => select(vec![Event::ShimDies, Event::ShimHangs, Event::ShimAnswers, Event::TaskIsLost]),
         1 => select(vec![Event::NetworkVanishes, Event::NetworkBreaks, Event::LoggerDies, Event::PipesVanish, Event::FilesVanish]),
         1 => Just(Event::Reboot),
         1 => select(vec![Event::OutsiderRemovesContainer, Event::OutsiderRemovesLayer]),
@@ -220,6 +222,7 @@ fn live(world: &mut World, events: &[Event], first: Ask) -> Desired {
             Event::ShimDies => world.shim_dies(),
             Event::ShimHangs => world.shim_hangs(),
             Event::ShimAnswers => world.shim_answers(),
+            Event::TaskIsLost => world.task_is_lost(),
             Event::NetworkVanishes => world.observed.network = Attached::Absent,
             Event::NetworkBreaks => world.observed.network = Attached::Partial,
             Event::LoggerDies if world.observed.output == Output::Drained => world.observed.output = Output::Undrained,

@@ -258,6 +258,12 @@ fn rows() -> Vec<Row> {
             "Unknown | Ready=Unknown RuntimeFailed | Running=Unknown RuntimeFailed | - | -",
         ),
         row(
+            "containerd lost it, and it may run",
+            ask_for(Mode::Running),
+            with_task(Task::Leftover),
+            "Unknown | Ready=Unknown RuntimeFailed | Running=Unknown RuntimeFailed | - | -",
+        ),
+        row(
             "Terminating",
             ask_for(Mode::Gone),
             running(),

@@ -53,6 +53,7 @@ impl Story {
             ["shim", "dies"] => self.world.shim_dies(),
             ["shim", "hangs"] => self.world.shim_hangs(),
             ["shim", "answers"] => self.world.shim_answers(),
+            ["task", "is", "lost"] => self.world.task_is_lost(),
             ["logger", "dies"] => self.world.observed.output = super::Output::Undrained,
             ["ignores", "TERM"] => self.world.habits.heeds_term = false,
             ["command", "is", "missing"] => self.world.habits.refuses_start = true,

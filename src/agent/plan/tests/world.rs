@@ -394,6 +394,11 @@ impl World {
             Step::Stop => self.stop(),
             Step::Kill => self.kill(),
             Step::Reap => self.reap(),
+            Step::PutAway => {
+                self.may()?;
+                (self.observed.task, self.hidden) = (Task::Absent, None);
+                Ok(())
+            }
             Step::RecordLost => {
                 let record = self.ours()?;
                 let lost = self.lost();
@@ -619,7 +624,7 @@ impl World {
             Task::Paused { .. } if self.habits.freezer_v1 => self.doomed = true,
             Task::Running { .. } | Task::Paused { .. } if self.habits.shrugs > 0 => self.habits.shrugs -= 1,
             Task::Created | Task::Running { .. } | Task::Paused { .. } => self.observed.task = self.ended(137),
-            Task::Absent | Task::Stopped { .. } => {}
+            Task::Absent | Task::Leftover | Task::Stopped { .. } => {}
         }
         if paused {
             // What containerd answers to a thaw of what is dead already is passed over.
@@ -753,16 +758,27 @@ impl World {
         (self.observed.task, self.hidden) = (Task::Absent, None);
     }
 
+    /// containerd loses the task, and its process lives on: it died with what it knew, or its client in the middle.
+    pub fn task_is_lost(&mut self) {
+        match self.observed.task {
+            Task::Absent | Task::Leftover => {}
+            Task::Unknown => self.observed.task = Task::Leftover,
+            _ => self.hidden = Some(std::mem::replace(&mut self.observed.task, Task::Leftover)),
+        }
+    }
+
     /// The shim does not answer for a while.
     pub fn shim_hangs(&mut self) {
-        if !matches!(self.observed.task, Task::Absent | Task::Unknown) {
+        if !matches!(self.observed.task, Task::Absent | Task::Unknown | Task::Leftover) {
             self.hidden = Some(std::mem::replace(&mut self.observed.task, Task::Unknown));
         }
     }
 
     /// It answers again.
     pub fn shim_answers(&mut self) {
-        if let Some(task) = self.hidden.take() {
+        if self.observed.task == Task::Unknown
+            && let Some(task) = self.hidden.take()
+        {
             self.observed.task = task;
         }
     }
