@@ -269,7 +269,8 @@ impl Bundle {
             SourceKind::ConfigMap => input.references.get(Kind::ConfigMap, name),
         };
         let mut env = resolve_env(&spec.env, &spec.env_from, &source, &context)?;
-        if let Some(zone) = &spec.timezone {
+        // For `$(TZ)`. What the bot's own env says of it goes before.
+        if let Some(zone) = spec.timezone.as_ref().filter(|_| env.iter().all(|(name, _)| name != "TZ")) {
             env.push(("TZ".to_owned(), zone.clone()));
         }
         let hostname = self.hostname(input.desired, input.alive);
@@ -415,10 +416,18 @@ impl Bundle {
         }
         files.push(File::new("/etc/resolv.conf", resolved.conf.to_string(), 0o644));
         if let Some(zone) = &spec.timezone {
-            files.push(File { source: Source::Node(self.zone(zone)?), destination: "/etc/localtime".to_owned() });
+            files.push(File::of_node("/etc/localtime", self.zone(zone)?));
+        }
+        let read_only = spec.security_context.as_ref().and_then(|security| security.read_only_root_filesystem);
+        for own in &mut files {
+            own.read_only |= read_only == Some(true);
         }
         for (i, file) in spec.files.iter().enumerate() {
             if let Some(content) = content(i, file, input.references)? {
+                // As a Pod's volume does: one at /etc/hosts or the like takes the place of ours.
+                for own in files.iter_mut().filter(|own| own.destination == file.path) {
+                    own.mounted = false;
+                }
                 let mode = u32::try_from(file.mode.unwrap_or(0o644)).unwrap_or(0o644) & 0o777;
                 files.push(File::of_bot(&file.path, content, mode));
             }
@@ -455,8 +464,8 @@ impl Bundle {
         }
         let mut binds = Vec::new();
         for (i, file) in files.iter().enumerate() {
-            let (source, read_only) = match &file.source {
-                Source::Node(path) => (path.clone(), true),
+            let source = match &file.source {
+                Source::Node(path) => path.clone(),
                 Source::Content { bytes, mode, of_bot } => {
                     let path = dir.join(i.to_string());
                     let new = dir.join(format!("{i}.new"));
@@ -474,10 +483,12 @@ impl Bundle {
                     }
                     out.set_permissions(fs::Permissions::from_mode(*mode)).map_err(failed("set the mode of", &new))?;
                     fs::rename(&new, &path).map_err(failed("rename", &new))?;
-                    (path, false)
+                    path
                 }
             };
-            binds.push(BindMount { source, destination: file.destination.clone(), read_only });
+            if file.mounted {
+                binds.push(BindMount { source, destination: file.destination.clone(), read_only: file.read_only });
+            }
         }
         fs::write(&mark, b"").map_err(failed("create", &mark))?;
         Ok(binds)
@@ -502,6 +513,11 @@ const HOSTS: usize = 0;
 struct File {
     source: Source,
     destination: String,
+    /// Not where one of `spec.files` is mounted in its place.
+    mounted: bool,
+    /// As a Pod has it: what the spec asks for the process may only read, hosts and the like it may write unless its whole
+    /// root is read-only.
+    read_only: bool,
 }
 
 enum Source {
@@ -514,13 +530,17 @@ enum Source {
 impl File {
     fn new(destination: &str, content: impl Into<Vec<u8>>, mode: u32) -> Self {
         let source = Source::Content { bytes: content.into(), mode, of_bot: false };
-        Self { source, destination: destination.to_owned() }
+        Self { source, destination: destination.to_owned(), mounted: true, read_only: false }
+    }
+
+    fn of_node(destination: &str, path: PathBuf) -> Self {
+        Self { source: Source::Node(path), destination: destination.to_owned(), mounted: true, read_only: true }
     }
 
     /// One of `spec.files`: with mode 0600 a bot that is not root could not read it, were it not its own.
     fn of_bot(destination: &str, content: Vec<u8>, mode: u32) -> Self {
         let source = Source::Content { bytes: content, mode, of_bot: true };
-        Self { source, destination: destination.to_owned() }
+        Self { source, destination: destination.to_owned(), mounted: true, read_only: true }
     }
 }
 

@@ -19,6 +19,7 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
+//! lineage.rs what the layer stands on
 //! node.rs    BotNode and Lease          sweep.rs, shim.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! failpoint.rs   where tests make the agent die
 //! ```
@@ -35,6 +36,7 @@ pub mod desired;
 pub mod disk;
 pub mod failpoint;
 pub mod labels;
+pub mod lineage;
 pub mod metrics;
 pub mod node;
 pub mod observe;

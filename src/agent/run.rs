@@ -18,14 +18,15 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::BotContainer;
-use crate::api::condition::{Reason, chain};
+use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
 use crate::network::Cidr;
 
 use super::act::{Actor, Work};
 use super::desired::{Desired, Goal, desired};
+use super::lineage::Lineage;
 use super::metrics::Metrics;
-use super::observe::{Observed, Observer};
+use super::observe::{Container, Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
 use super::status::{Trouble, report};
@@ -215,6 +216,8 @@ struct BotLoop {
     /// Until then containerd may still be putting away a task whose creation was cut off, by this agent or one before it.
     /// A guess that a restart widens, never a fact that it loses.
     leftovers_until: Instant,
+    /// What the bot's layer stands on.
+    lineage: Lineage,
 }
 
 /// How a pass ended.
@@ -228,7 +231,8 @@ enum Pass {
 impl BotLoop {
     fn new(shared: Arc<Shared>, bot: Bot, trigger: Arc<Trigger>) -> Self {
         let leftovers_until = shared.began + LEFTOVERS;
-        Self { shared, bot, trigger, retry: None, busy_since: None, written: None, leftovers_until }
+        let lineage = Lineage::default();
+        Self { shared, bot, trigger, retry: None, busy_since: None, written: None, leftovers_until, lineage }
     }
 
     async fn run(mut self) {
@@ -284,6 +288,13 @@ impl BotLoop {
                     return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
                 }
             };
+            if let Some(layer) = &observed.layer {
+                let snapshotter = match &observed.container {
+                    Container::Ours(record) => &record.snapshotter,
+                    Container::Absent | Container::Foreign { .. } => &desired.snapshotter,
+                };
+                self.lineage.follow(&self.shared.actor.containerd, snapshotter, &layer.key);
+            }
             let next = plan(&desired, &observed, Timestamp::now());
             match &next {
                 Next::Do(step) => {
@@ -452,10 +463,22 @@ impl BotLoop {
         // its generation is that of the spec which was planned for.
         let live = self.current().unwrap_or_else(|| bot.clone());
         let generation = bot.metadata.generation;
-        let status = report(generation, desired, observed, next, trouble, live.status.as_ref(), Timestamp::now());
+        let mut status = report(generation, desired, observed, next, trouble, live.status.as_ref(), Timestamp::now());
+        if let Some(layer) = &observed.layer {
+            // While containerd does not say, what was said of the same layer holds.
+            let said = live.status.as_ref().map(|status| &status.lineage);
+            let said = said.filter(|said| said.last().is_some_and(|last| last.name == layer.key));
+            status.lineage = match self.lineage.of(&layer.key).await {
+                Some(entries) => entries.to_vec(),
+                None => said.cloned().unwrap_or_default(),
+            };
+        }
         match self.shared.publisher.status(&live, &status).await {
             Ok(Some(newest)) => {
                 for (kind, reason, note) in news(live.status.as_ref(), &status, trouble) {
+                    if trouble.is_none() && kind == EventType::Warning {
+                        self.shared.metrics.error(reason);
+                    }
                     self.shared.publisher.event(&live, kind, reason, note).await;
                 }
                 self.written = Some(Arc::new(newest));
@@ -508,13 +531,19 @@ fn news(
         let image = new.image.as_ref().map_or("", |image| image.reference.as_str());
         news.push((EventType::Normal, Reason::Started, format!("started {image} as process {}", task.pid)));
     }
-    let ready = |status: Option<&crate::api::BotContainerStatus>| {
-        status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready").map(|c| c.reason.clone()))
+    let before = old.and_then(|old| find(&old.conditions, ConditionType::Ready)).map(|ready| ready.reason.as_str());
+    let wrong = match trouble {
+        Some(trouble) => Some((trouble.reason, trouble.message.clone())),
+        // What no step stumbled over and only an edit helps: a spec that is refused, an image that can't be changed.
+        None => find(&new.conditions, ConditionType::Stalled)
+            .and_then(|stalled| Some((Reason::parse(&stalled.reason)?, stalled.message.clone()))),
     };
-    if let Some(trouble) = trouble
-        && ready(old).as_deref() != Some(trouble.reason.as_str())
+    if let Some((reason, message)) = wrong
+        && before != Some(reason.as_str())
+        // An end that is final was told with its exit code.
+        && news.iter().all(|(_, told, _)| *told != reason)
     {
-        news.push((EventType::Warning, trouble.reason, trouble.message.clone()));
+        news.push((EventType::Warning, reason, message));
     }
     news
 }

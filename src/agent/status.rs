@@ -7,8 +7,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use crate::api::bot_container::{
-    BotContainerStatus, BotResources, ImageStatus, Kept, NetworkMode, NetworkStatus, Phase, TaskStatus, Termination,
-    Transition,
+    BotContainerStatus, BotResources, ImageStatus, Kept, NetworkMode, NetworkStatus, Phase, RollbackStatus, TaskStatus,
+    Termination, Transition,
 };
 use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
 
@@ -71,7 +71,12 @@ pub fn report(
         Container::Ours(record) => Some(&**record),
         _ => None,
     };
-    let verdict = judge(desired, observed, record, next, trouble);
+    let mut verdict = judge(desired, observed, record, next, trouble);
+    if verdict.ready == Some(true)
+        && let Some(why) = unserved(desired, record)
+    {
+        verdict = Verdict::stalled(verdict.phase, Reason::SnapshotsUnsupported, why);
+    }
     let network = match &observed.network {
         Attached::Ready { ips } if !ips.is_empty() => Some(NetworkStatus {
             ip: ips.first().map(ToString::to_string),
@@ -100,6 +105,7 @@ pub fn report(
         .filter(|resources| !resources.limits.is_empty());
     let kept = match (&verdict.phase, frozen) {
         (Phase::Paused, true) => Some(Kept::MemoryAndFiles),
+        (Phase::Terminating, _) if matches!(next, Next::Settled { state: State::Retained, .. }) => Some(Kept::Files),
         (Phase::Paused | Phase::Stopped, _) => Some(Kept::Files),
         _ => None,
     };
@@ -122,6 +128,12 @@ pub fn report(
         kept,
         network,
         resources,
+        rollback: record.and_then(|record| record.rollback.clone()).map(|id| RollbackStatus {
+            id,
+            version: None,
+            replaced_by_version: None,
+            completed_at: None,
+        }),
         ..BotContainerStatus::default()
     };
     let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
@@ -144,6 +156,11 @@ pub fn report(
         let (value, reason, message) = network_ready(desired, observed, verdict.phase, trouble);
         say(ConditionType::NetworkReady, value, reason, &message);
     }
+    if let Goal::Refused { refusal, .. } = &desired.goal
+        && refusal.reason == Reason::SnapshotsUnsupported
+    {
+        say(ConditionType::Restored, Some(false), refusal.reason, &refusal.message);
+    }
     if verdict.ready == Some(false) {
         if verdict.stalled {
             say(ConditionType::Stalled, Some(true), verdict.reason, &verdict.message);
@@ -155,6 +172,17 @@ pub fn report(
     status
 }
 
+/// A rollback that is asked for and can't be done: the bot is as it was, and must not be told to be as asked.
+fn unserved(desired: &Desired, record: Option<&Record>) -> Option<String> {
+    let (asked, record) = (desired.rollback.as_ref()?, record?);
+    (record.rollback.as_ref() != Some(asked)).then(|| {
+        format!(
+            "spec.rollback {asked:?} can't be done: this Berth takes no snapshots yet, so there is no version to go back to; \
+             remove spec.rollback"
+        )
+    })
+}
+
 fn judge(
     desired: &Desired,
     observed: &Observed,
@@ -164,8 +192,14 @@ fn judge(
 ) -> Verdict {
     let live = matches!(observed.task, Task::Running { .. } | Task::Paused { .. });
     let ordered = record.is_some_and(|record| record.stop_ordered.is_some()) && live;
-    if let Goal::Gone { .. } = desired.goal {
+    if let Goal::Gone { .. } | Goal::Retained { .. } = desired.goal {
         return match (next, trouble) {
+            (Next::Settled { state: State::Retained, .. }, _) => Verdict::stalled(
+                Phase::Terminating,
+                Reason::SnapshotsUnsupported,
+                "deletionPolicy is Retain, and this Berth can't make a kept version of the bot yet, so its files stay here as \
+                 they are; set spec.deletionPolicy to Delete to let them go",
+            ),
             (Next::Settled { state: State::Removed, .. }, _) => Verdict::working(
                 Phase::Terminating,
                 Reason::Removed,
@@ -234,7 +268,9 @@ fn judge(
             _ => Verdict::working(Phase::Starting, Reason::Starting, "the process is being started"),
         },
         Next::Settled { state, .. } => match state {
-            State::Removed => Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left"),
+            State::Removed | State::Retained => {
+                Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left")
+            }
             State::Running => Verdict::ready(Phase::Running, Reason::AsAsked, "the process runs as asked"),
             State::Paused { kept: Kept::MemoryAndFiles, .. } => {
                 Verdict::ready(Phase::Paused, Reason::Paused, "frozen as asked; memory and files are kept")

@@ -227,6 +227,7 @@ impl Orphan {
             name: owner.name.clone(),
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
+            rollback: None,
             goal: Goal::Gone { grace: GRACE },
         };
         let deadline = Instant::now() + GRACE * 3;

@@ -421,9 +421,10 @@ fn resources() -> Vec<Rule> {
 
 fn security() -> Vec<Rule> {
     let capability = |name, at: &'static str| {
-        bot(name, at).must(format!("self in {CAPABILITIES}")).or(
-            "must be ALL or a capability of Linux in capitals and without CAP_, as in a Pod, for example NET_BIND_SERVICE",
-        )
+        // In either case, as container runtimes take them of a Pod: `drop: [all]` is in many a manifest.
+        bot(name, at)
+            .must(format!("self.upperAscii() in {CAPABILITIES}"))
+            .or("must be ALL or a capability of Linux without CAP_, as in a Pod, for example NET_BIND_SERVICE")
     };
     let profile_type = |name, at: &'static str| {
         bot(name, at)
@@ -572,6 +573,10 @@ fn data() -> Vec<Rule> {
         ),
         bot("data-path-clean", "spec.data.path").must(CLEAN_PATH).or(PATH),
         bot("data-path-kernel", "spec.data.path").must(OUTSIDE_KERNEL).or(KERNEL),
+        // A directory there would have a file mounted on it, which no runtime can.
+        bot("data-path-own-files", "spec.data.path")
+            .must(r"!self.matches(r'^/etc/(hosts|hostname|resolv[.]conf|localtime)(/|$)')")
+            .or("must not be /etc/hosts, /etc/hostname, /etc/resolv.conf or /etc/localtime, nor below: Berth mounts files there"),
         bot("data-path-immutable", "spec.data.path")
             .must("self == oldSelf")
             .or("is immutable: the data lies there")

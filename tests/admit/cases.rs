@@ -508,17 +508,21 @@ fn security() -> Vec<Case> {
                 "must not be 0 when runAsNonRoot is true",
             ),
         bot("capability-add")
-            .takes(with(json!({"capabilities": {"add": ["NET_BIND_SERVICE", "SYS_PTRACE", "ALL"]}})))
+            .takes(with(json!({"capabilities": {"add": ["NET_BIND_SERVICE", "SYS_PTRACE", "ALL", "net_admin"]}})))
             .refuses_all(
-                ["CAP_NET_ADMIN", "net_admin", "NET_ADMN", ""].map(|c| with(json!({"capabilities": {"add": [c]}}))),
+                ["CAP_NET_ADMIN", "cap_net_admin", "NET_ADMN", "NET ADMIN", "ALL\n", ""]
+                    .map(|c| with(json!({"capabilities": {"add": [c]}}))),
                 "spec.securityContext.capabilities.add[0]",
                 "must be ALL or a capability of Linux",
             ),
-        bot("capability-drop").takes(with(json!({"capabilities": {"drop": ["ALL"]}}))).refuses_all(
-            ["all", "CAP_CHOWN"].map(|c| with(json!({"capabilities": {"drop": [c]}}))),
-            "spec.securityContext.capabilities.drop[0]",
-            "must be ALL or a capability of Linux",
-        ),
+        // Many manifests have it in small letters, and a Pod's runtime takes them.
+        bot("capability-drop")
+            .takes_all(["ALL", "all"].map(|c| with(json!({"capabilities": {"drop": [c]}}))))
+            .refuses_all(
+                ["any", "CAP_CHOWN"].map(|c| with(json!({"capabilities": {"drop": [c]}}))),
+                "spec.securityContext.capabilities.drop[0]",
+                "must be ALL or a capability of Linux",
+            ),
         bot("proc-mount").takes(with(json!({"procMount": "Default"}))).refuses_all(
             [with(json!({"procMount": "Unmasked"})), with(json!({"procMount": "x"}))],
             "spec.securityContext.procMount",
@@ -849,6 +853,11 @@ fn data() -> Vec<Case> {
             KERNEL.map(path),
             "spec.data.path",
             "must not be under /proc, /sys or /dev",
+        ),
+        bot("data-path-own-files").takes_all(["/etc", "/etc/hosts.d", "/etc/bot"].map(path)).refuses_all(
+            ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/localtime", "/etc/hosts/data"].map(path),
+            "spec.data.path",
+            "Berth mounts files there",
         ),
         bot("data-path-immutable")
             .from(json!({"spec": {"data": {"path": "/bot"}}}))
