@@ -29,6 +29,7 @@ use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
 use crate::network::{ClusterDns, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
+use crate::oci::seccomp::{ProfileError, localhost_profile};
 use crate::oci::{
     BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput, User,
     UserError, check_root, check_working_directory, ensure_directory, linux_resources, resolve_env, resolve_user,
@@ -166,7 +167,7 @@ pub enum BundleError {
     },
     /// The seccomp profile of the node can't be used.
     #[error("the seccomp profile can't be used")]
-    Seccomp(#[from] crate::oci::seccomp::ProfileError),
+    Seccomp(#[from] ProfileError),
     /// A file can't be written or removed.
     #[error("can't {what} {path}")]
     File {
@@ -365,10 +366,18 @@ impl Bundle {
             return Ok(None);
         };
         let dir = &self.options.seccomp_dir;
-        let failed =
-            |source| BundleError::File { what: "open the folder of seccomp profiles", path: dir.clone(), source };
-        let dir = fs::File::open(dir).map_err(failed)?;
-        Ok(Some(crate::oci::seccomp::localhost_profile(dir.as_fd(), name)?))
+        let dir = match fs::File::open(dir) {
+            // A node without the folder has no profile, this one included.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(ProfileError::Missing { name: name.to_owned() }.into());
+            }
+            opened => opened.map_err(|source| BundleError::File {
+                what: "open the folder of seccomp profiles",
+                path: dir.clone(),
+                source,
+            })?,
+        };
+        Ok(Some(localhost_profile(dir.as_fd(), name)?))
     }
 
     async fn runtime(&self, spec: &BotContainerSpec) -> Result<String, BundleError> {

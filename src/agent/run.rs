@@ -29,7 +29,7 @@ use super::metrics::Metrics;
 use super::observe::{Container, Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
-use super::status::{Trouble, report};
+use super::status::{Trouble, is_image, report};
 use super::step::Step;
 use super::sweep::Orphan;
 
@@ -44,6 +44,10 @@ const RESYNC: Duration = Duration::from_secs(300);
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// See [`RETRY_FIRST`].
 const RETRY_MOST: Duration = Duration::from_secs(300);
+
+/// The most where a person mends something that nobody tells us of (a missing ConfigMap, an image to be loaded) and a try
+/// costs little: kubelet looks about as often.
+const RETRY_LOCAL_MOST: Duration = Duration::from_secs(30);
 
 /// How long containerd may take to put away what was half made when its client went: a shim gets 5 s for that, and may be
 /// asked twice.
@@ -379,7 +383,8 @@ impl BotLoop {
 
     fn failed(&mut self, step: Step, reason: Reason, message: String, retryable: bool, bot: &BotContainer) {
         let attempts = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |r| r.attempts) + 1;
-        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(RETRY_MOST);
+        let most = if local(reason) { RETRY_LOCAL_MOST } else { RETRY_MOST };
+        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(most);
         tracing::warn!(
             bot = %self.bot.name, namespace = %self.bot.namespace, uid = %self.bot.uid, %step, %reason, attempts,
             retry_in = ?wait, error = %message, "step failed"
@@ -503,6 +508,11 @@ impl BotLoop {
     }
 }
 
+/// Whether a step that failed so waits for something that is made by hand, here or in the API.
+fn local(reason: Reason) -> bool {
+    matches!(reason, Reason::ConfigNotFound | Reason::ErrImageNeverPull | Reason::InvalidSpec)
+}
+
 enum Failed {
     Aborted,
     Step { reason: Reason, message: String, retryable: bool },
@@ -531,17 +541,22 @@ fn news(
         let image = new.image.as_ref().map_or("", |image| image.reference.as_str());
         news.push((EventType::Normal, Reason::Started, format!("started {image} as process {}", task.pid)));
     }
-    let before = old.and_then(|old| find(&old.conditions, ConditionType::Ready)).map(|ready| ready.reason.as_str());
     let wrong = match trouble {
         Some(trouble) => Some((trouble.reason, trouble.message.clone())),
-        // What no step stumbled over and only an edit helps: a spec that is refused, an image that can't be changed.
+        // What no step stumbled over and only an edit helps: a spec that is refused, an image that can't be changed. Not an
+        // end that is final, which was told with its exit code.
         None => find(&new.conditions, ConditionType::Stalled)
-            .and_then(|stalled| Some((Reason::parse(&stalled.reason)?, stalled.message.clone()))),
+            .and_then(|stalled| Some((Reason::parse(&stalled.reason)?, stalled.message.clone())))
+            .filter(|(reason, _)| ended(Some(new)).is_none_or(|last| last.reason != reason.as_str())),
+    };
+    // A pull's cause stands in ImageReady, where Ready says that it is waited.
+    let said = |reason: Reason| {
+        let conditions = old.map_or(&[][..], |old| &old.conditions);
+        let said = |type_| find(conditions, type_).is_some_and(|c| c.status != "True" && c.reason == reason.as_str());
+        said(ConditionType::Ready) || is_image(reason) && said(ConditionType::ImageReady)
     };
     if let Some((reason, message)) = wrong
-        && before != Some(reason.as_str())
-        // An end that is final was told with its exit code.
-        && news.iter().all(|(_, told, _)| *told != reason)
+        && !said(reason)
     {
         news.push((EventType::Warning, reason, message));
     }

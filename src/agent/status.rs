@@ -172,6 +172,28 @@ pub fn report(
     status
 }
 
+/// How often the process ended, and of what; the longest part comes last, since it may be cut.
+fn crash_loop(record: &Record) -> String {
+    let (failures, wait) = (record.failures, super::record::backoff(record.failures).as_secs());
+    let again = format!("it is started again {wait} s after its end");
+    let Some(last) = &record.last else { return again };
+    let words = last.message.lines().last().map_or(String::new(), |line| format!("; its last words: {line}"));
+    match Reason::parse(&last.reason) {
+        Some(Reason::StartError) => format!(
+            "the process could not be started {failures} times in a row; it is tried again {wait} s after that: {}",
+            last.message
+        ),
+        Some(reason @ (Reason::OOMKilled | Reason::TaskLost)) => format!(
+            "the process ended by itself {failures} times in a row, last with exit code {} ({reason}); {again}{words}",
+            last.code
+        ),
+        _ => format!(
+            "the process ended by itself {failures} times in a row, last with exit code {}; {again}{words}",
+            last.code
+        ),
+    }
+}
+
 /// A rollback that is asked for and can't be done: the bot is as it was, and must not be told to be as asked.
 fn unserved(desired: &Desired, record: Option<&Record>) -> Option<String> {
     let (asked, record) = (desired.rollback.as_ref()?, record?);
@@ -221,7 +243,10 @@ fn judge(
             _ if !trouble.retryable => Phase::Failed,
             _ => Phase::BackOff,
         };
-        return if trouble.retryable {
+        return if phase == Phase::BackOff && is_pull(trouble.reason) {
+            // As kubelet has it; the cause is the reason of ImageReady.
+            Verdict::working(phase, Reason::ImagePullBackOff, format!("{}: {}", trouble.reason, trouble.message))
+        } else if trouble.retryable {
             Verdict::working(phase, trouble.reason, &trouble.message)
         } else {
             Verdict::stalled(phase, trouble.reason, &trouble.message)
@@ -310,17 +335,7 @@ fn judge(
                 )
             }
             State::BackOff => {
-                let (code, failures) =
-                    record.map_or((0, 0), |record| (record.last.as_ref().map_or(0, |last| last.code), record.failures));
-                let wait = super::record::backoff(failures).as_secs();
-                Verdict::working(
-                    Phase::BackOff,
-                    Reason::CrashLoopBackOff,
-                    format!(
-                        "the process ended by itself {failures} times in a row, last with exit code {code}; \
-                         it is started again {wait} s after its end"
-                    ),
-                )
+                Verdict::working(Phase::BackOff, Reason::CrashLoopBackOff, record.map_or_else(String::new, crash_loop))
             }
             State::Refused(refusal) => Verdict::stalled(phase_of_task, refusal.reason, &refusal.message),
             State::Foreign { why } => Verdict::stalled(
@@ -372,6 +387,11 @@ fn image_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>
             _ => (Some(false), Reason::Stopped, "no image is needed while the bot has no layer and is stopped".into()),
         },
     }
+}
+
+/// Whether a reason speaks of a pull that failed: not of an image that may not be pulled, or whose name is none.
+fn is_pull(reason: Reason) -> bool {
+    is_image(reason) && !matches!(reason, Reason::InvalidImageName | Reason::ErrImageNeverPull)
 }
 
 /// Whether a reason speaks of the image.

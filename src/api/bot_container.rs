@@ -242,7 +242,7 @@ pub struct NetworkSpec {
     /// Bridge, Host or None. Immutable once placed.
     #[serde(default)]
     pub mode: NetworkMode,
-    /// A DNS label. Default: the name of this object, cut to 63 characters.
+    /// A DNS label. Default: the name of this object, cut to 63 characters. With mode Host the node's counts, as in a Pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
 }

@@ -148,6 +148,9 @@ const IMAGE: &str = concat!(
 
 // A path from the root, each component at least one character, none of them `.` or `..`, nothing that breaks a line.
 const CLEAN_PATH: &str = r"self.matches(r'^(/[^/\x00-\x1f\x7f]+)+$') && !self.matches(r'/[.][.]?(/|$)')";
+// NAME_MAX of Linux is 255 bytes; to count bytes would cost more than a CRD's rules may in all.
+const SHORT_NAMES: &str = "!self.matches('[^/]{256}')";
+const NAMES: &str = "must have no name between its slashes that is longer than 255 characters: no file system takes more than 255 bytes";
 const OUTSIDE_KERNEL: &str = r"!self.matches(r'^/(proc|sys|dev)(/|$)')";
 
 // Linux capabilities up to 6.18 and ALL, as a Pod writes them: capabilities(7) without CAP_.
@@ -255,12 +258,16 @@ fn process() -> Vec<Rule> {
     };
     vec![
         bot("command-nul", "spec.command[]").must(NO_NUL).or(NUL),
+        bot("command-program", "spec.command")
+            .must("self.size() == 0 || self[0] != ''")
+            .or("must begin with the path or name of a program, not with an empty text"),
         total("command-total", "spec.command", "command"),
         bot("args-nul", "spec.args[]").must(NO_NUL).or(NUL),
         total("args-total", "spec.args", "args"),
         bot("working-dir-absolute", "spec.workingDir")
             .must(r"self.startsWith('/') && !self.contains('\u0000')")
             .or("must be an absolute path, for example /data; leave it out for the image's own"),
+        bot("working-dir-names", "spec.workingDir").must(SHORT_NAMES).or(NAMES),
         bot("env-name", "spec.env[].name")
             .must(matches(ENV_NAME))
             .or("must be one or more printable ASCII characters other than '='"),
@@ -438,7 +445,16 @@ fn security() -> Vec<Rule> {
             .or("must be set when type is Localhost, and only then")
             .says("self.type == 'Localhost' ? 'must be set when type is Localhost' : 'must not be set when type is ' + self.type + '; only Localhost takes one'")
     };
+    let selinux = |name, at: &'static str, marks: &str| {
+        bot(name, at)
+            .must(format!("self.matches('^[A-Za-z0-9_.,{marks}-]*$')"))
+            .or("must be one part of an SELinux label: letters, digits, '_', '.', ',' and '-', in a level also ':'")
+    };
     vec![
+        selinux("selinux-level", "spec.securityContext.seLinuxOptions.level", ":"),
+        selinux("selinux-role", "spec.securityContext.seLinuxOptions.role", ""),
+        selinux("selinux-type", "spec.securityContext.seLinuxOptions.type", ""),
+        selinux("selinux-user", "spec.securityContext.seLinuxOptions.user", ""),
         bot("privileged-escalates", "spec.securityContext")
             .must("!(self.?privileged.orValue(false) && !self.?allowPrivilegeEscalation.orValue(true))")
             .names(".allowPrivilegeEscalation")
@@ -572,6 +588,7 @@ fn data() -> Vec<Rule> {
             "the writable layer lies in it: take a BotSnapshot and restore it into another BotContainer",
         ),
         bot("data-path-clean", "spec.data.path").must(CLEAN_PATH).or(PATH),
+        bot("data-path-names", "spec.data.path").must(SHORT_NAMES).or(NAMES),
         bot("data-path-kernel", "spec.data.path").must(OUTSIDE_KERNEL).or(KERNEL),
         // A directory there would have a file mounted on it, which no runtime can.
         bot("data-path-own-files", "spec.data.path")
@@ -621,6 +638,7 @@ fn data() -> Vec<Rule> {
             .must(format!("{sum} <= 262144"))
             .or("skills must not be larger than 262144 bytes in all; write large ones into the bot's data at run time"),
         bot("file-path-clean", "spec.files[].path").must(CLEAN_PATH).or(PATH),
+        bot("file-path-names", "spec.files[].path").must(SHORT_NAMES).or(NAMES),
         bot("file-path-kernel", "spec.files[].path").must(OUTSIDE_KERNEL).or(KERNEL),
         bot("file-one-source", "spec.files[]")
             .must("[has(self.content), has(self.secretKeyRef), has(self.configMapKeyRef)].filter(set, set).size() == 1")

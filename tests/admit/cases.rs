@@ -201,7 +201,17 @@ fn process() -> Vec<Case> {
         source(json!({"resourceFieldRef": {"resource": resource, "divisor": divisor}}))
     };
     vec![
-        bot("command-nul").takes(json!({"command": ["", "ä\n"]})).refuses(
+        bot("command-program").takes_all([json!({"command": []}), json!({"command": ["sh", ""]})]).refuses_all(
+            [json!({"command": [""]}), json!({"command": ["", "sh"]})],
+            "spec.command",
+            "must begin with the path or name of a program",
+        ),
+        bot("working-dir-names").takes(json!({"workingDir": format!("/{}", text(255))})).refuses_all(
+            [json!({"workingDir": format!("/{}", text(256))}), json!({"workingDir": format!("/a/{}/b", "ä".repeat(256))})],
+            "spec.workingDir",
+            "longer than 255 characters",
+        ),
+        bot("command-nul").takes(json!({"command": ["sh", "", "ä\n"]})).refuses(
             json!({"command": ["sh", "a\u{0}b"]}),
             "spec.command[1]",
             "must not contain a NUL",
@@ -484,7 +494,20 @@ fn security() -> Vec<Case> {
     let seccomp = |p: Value| json!({"securityContext": {"seccompProfile": p}});
     let apparmor = |p: Value| json!({"securityContext": {"appArmorProfile": p}});
     let types = "must be RuntimeDefault, Localhost or Unconfined";
+    let selinux = |rule, field: &'static str, part: &str| {
+        let label = |v: &str| json!({"securityContext": {"seLinuxOptions": {part: v}}});
+        let (good, bad) = if part == "level" { ("s0-s0:c123,c456", "a/b") } else { ("container_t", "a:b") };
+        bot(rule).takes_all(["", good].map(label)).refuses_all(
+            [bad, "a b", "a\n", "ä", "a;b"].map(label),
+            field,
+            "must be one part of an SELinux label",
+        )
+    };
     vec![
+        selinux("selinux-level", "spec.securityContext.seLinuxOptions.level", "level"),
+        selinux("selinux-role", "spec.securityContext.seLinuxOptions.role", "role"),
+        selinux("selinux-type", "spec.securityContext.seLinuxOptions.type", "type"),
+        selinux("selinux-user", "spec.securityContext.seLinuxOptions.user", "user"),
         bot("privileged-escalates")
             .takes_all([
                 with(json!({"privileged": true})),
@@ -859,6 +882,11 @@ fn data() -> Vec<Case> {
             "spec.data.path",
             "Berth mounts files there",
         ),
+        bot("data-path-names").takes(path(&format!("/{}/{0}", "a".repeat(255)))).refuses_all(
+            [path(&format!("/a/{}", "a".repeat(256))), path(&format!("/{}/b", "ä".repeat(256)))],
+            "spec.data.path",
+            "longer than 255 characters",
+        ),
         bot("data-path-immutable")
             .from(json!({"spec": {"data": {"path": "/bot"}}}))
             .takes(json!({"image": "other"}))
@@ -1004,6 +1032,11 @@ fn files_and_skills() -> Vec<Case> {
         bot("file-path-clean")
             .takes_all(["/a", "/etc/bot.toml", "/data/.env", "/etc/a b"].map(file))
             .refuses_all(UNCLEAN.map(file), "spec.files[0].path", "must be an absolute path other than '/'"),
+        bot("file-path-names").takes(file(&format!("/{}/{0}", "a".repeat(255)))).refuses_all(
+            [file(&format!("/a/{}", "a".repeat(256))), file(&format!("/{}/b", "ä".repeat(256)))],
+            "spec.files[0].path",
+            "longer than 255 characters",
+        ),
         bot("file-path-kernel")
             .takes(file("/etc/proc"))
             .refuses_all(KERNEL.map(file), "spec.files[0].path", "must not be under /proc, /sys or /dev"),
