@@ -441,7 +441,12 @@ fn network_ready(
             }
             _ if matches!(
                 phase,
-                Phase::Stopped | Phase::Stopping | Phase::Succeeded | Phase::Failed | Phase::Paused
+                Phase::Stopped
+                    | Phase::Stopping
+                    | Phase::Succeeded
+                    | Phase::Failed
+                    | Phase::Paused
+                    | Phase::Terminating
             ) && !matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) =>
             {
                 (Some(false), Reason::Stopped, "there is no process, so there is no network".into())

@@ -263,3 +263,57 @@ async fn a_bot_is_confined_as_ctr_confines_the_same_image() {
     let wanted = format!("{}/berth-{}", stage.agent.env("BERTH_CGROUP_PARENT"), uid(&web));
     assert!(cgroup.lines().any(|line| line.contains(":memory:") && line.ends_with(&wanted)), "{cgroup}");
 }
+
+/// What a bot's own env says of TZ went under `timezone`; a file at a place of ours ended as InvalidSpec; what the spec
+/// mounts could be written, and filled the tmpfs that all bots' files are on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_specs_own_words_and_files_go_before_berths() {
+    let stage = Stage::set("own").await;
+    let spec = json!({
+        "timezone": "Europe/Berlin",
+        "env": [{"name": "TZ", "value": "Asia/Tokyo"}],
+        "files": [
+            {"path": "/etc/hosts", "content": "127.0.0.1 mine\n"},
+            {"path": "/etc/bot.toml", "content": "a = 1\n"},
+        ],
+        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"add": ["SYS_ADMIN"], "drop": ["net_raw"]}},
+    });
+    let script = "echo TZ=$TZ; cat /etc/hosts; echo more >>/etc/bot.toml; echo more >>/etc/hostname; cat /etc/hostname; cat /proc/self/status";
+    let web = stage.runs(with(asks("web", script), spec)).await;
+    let seen = said(&web).await;
+    for line in ["TZ=Asia/Tokyo", "127.0.0.1 mine", "more", "NoNewPrivs:\t1", "CapEff:\t00000000a82405fb"] {
+        assert!(seen.lines().any(|l| l == line), "{line:?} is missing: {seen}");
+    }
+    assert!(seen.contains("Read-only file system"), "{seen}");
+    assert_eq!(std::fs::read_to_string(path_in(&web, "/etc/bot.toml")).unwrap(), "a = 1\n");
+
+    // As in a Pod: a read-only root takes Berth's own files along, and leaves the data.
+    let spec = json!({"securityContext": {"readOnlyRootFilesystem": true}});
+    let script = format!("for f in /etc/hosts /etc/resolv.conf /x /data/x; do echo x >>$f; done 2>/data/said; {WAIT}");
+    let strict = stage.runs(with(bot("strict").sh(&script), spec)).await;
+    let seen = read_in(&strict, "/data/said").await;
+    assert_eq!(seen.matches("Read-only file system").count(), 3, "{seen}");
+    assert_eq!(read_in(&strict, "/data/x").await, "x\n");
+}
+
+/// Nobody said what a bot's layer stands on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lineage_is_told_from_the_images_first_layer_to_the_active_one() {
+    let stage = Stage::set("lineage").await;
+    let web = stage.runs(bot("web")).await;
+    let lineage = &status(&web).lineage;
+    let (active, below) = lineage.split_last().unwrap();
+    assert_eq!((active.kind.as_str(), active.name.as_str()), ("Active", format!("berth-{}.1", uid(&web)).as_str()));
+    let images = stage.agent.ctr(["snapshots", "list"]);
+    let mut parent = None;
+    for layer in below {
+        assert_eq!((layer.kind.as_str(), layer.parent.as_ref()), ("Committed", parent));
+        assert!(images.contains(&layer.name), "{images}");
+        parent = Some(&layer.name);
+    }
+    assert!(parent.is_some() && active.parent.as_ref() == parent, "{lineage:?}");
+    assert!(lineage.iter().all(|layer| layer.created_at.is_some()), "{lineage:?}");
+    // A restart stands on the same.
+    let after = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
+    assert_eq!(&status(&after).lineage, lineage);
+}
