@@ -425,7 +425,11 @@ impl Bundle {
         }
         files.push(File::new("/etc/resolv.conf", resolved.conf.to_string(), 0o644));
         if let Some(zone) = &spec.timezone {
-            files.push(File::of_node("/etc/localtime", self.zone(zone)?));
+            let rules = self.zone(zone)?;
+            // Where TZ names it too: an image without a tz database would take it for UTC.
+            for place in ["/etc/localtime", &format!("/usr/share/zoneinfo/{zone}")] {
+                files.push(File { read_only: true, ..File::new(place, rules.clone(), 0o644) });
+            }
         }
         let read_only = spec.security_context.as_ref().and_then(|security| security.read_only_root_filesystem);
         for own in &mut files {
@@ -444,15 +448,19 @@ impl Bundle {
         Ok(files)
     }
 
-    fn zone(&self, zone: &str) -> Result<PathBuf, BundleError> {
+    /// The rules of a time zone (tzfile(5)).
+    fn zone(&self, zone: &str) -> Result<Vec<u8>, BundleError> {
         let dir = &self.options.zoneinfo_dir;
         let plain = zone.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
         let path = dir.join(zone);
         if plain && fs::metadata(&path).is_ok_and(|found| found.is_file()) {
-            Ok(path)
-        } else {
-            Err(BundleError::Timezone { zone: zone.to_owned(), dir: dir.display().to_string() })
+            let rules = fs::read(&path).map_err(|source| BundleError::File { what: "read", path, source })?;
+            // The folder has lists of zones as well.
+            if rules.starts_with(b"TZif") {
+                return Ok(rules);
+            }
         }
+        Err(BundleError::Timezone { zone: zone.to_owned(), dir: dir.display().to_string() })
     }
 
     /// Writes the files of a bot anew, each beside the old one and moved over it: a process that has the old one mounted
@@ -473,30 +481,28 @@ impl Bundle {
         }
         let mut binds = Vec::new();
         for (i, file) in files.iter().enumerate() {
-            let source = match &file.source {
-                Source::Node(path) => path.clone(),
-                Source::Content { bytes, mode, of_bot } => {
-                    let path = dir.join(i.to_string());
-                    let new = dir.join(format!("{i}.new"));
-                    let mut out = fs::OpenOptions::new()
-                        .write(true)
-                        .create(true)
-                        .truncate(true)
-                        .mode(0o600)
-                        .open(&new)
-                        .map_err(failed("create", &new))?;
-                    out.write_all(bytes).map_err(failed("write", &new))?;
-                    if *of_bot {
-                        std::os::unix::fs::fchown(&out, Some(user.uid), Some(user.gid))
-                            .map_err(failed("set the owner of", &new))?;
-                    }
-                    out.set_permissions(fs::Permissions::from_mode(*mode)).map_err(failed("set the mode of", &new))?;
-                    fs::rename(&new, &path).map_err(failed("rename", &new))?;
-                    path
-                }
-            };
+            let path = dir.join(i.to_string());
+            let new = dir.join(format!("{i}.new"));
+            let mut out = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)
+                .map_err(failed("create", &new))?;
+            out.write_all(&file.bytes).map_err(failed("write", &new))?;
+            if file.of_bot {
+                std::os::unix::fs::fchown(&out, Some(user.uid), Some(user.gid))
+                    .map_err(failed("set the owner of", &new))?;
+            }
+            out.set_permissions(fs::Permissions::from_mode(file.mode)).map_err(failed("set the mode of", &new))?;
+            fs::rename(&new, &path).map_err(failed("rename", &new))?;
             if file.mounted {
-                binds.push(BindMount { source, destination: file.destination.clone(), read_only: file.read_only });
+                binds.push(BindMount {
+                    source: path,
+                    destination: file.destination.clone(),
+                    read_only: file.read_only,
+                });
             }
         }
         fs::write(&mark, b"").map_err(failed("create", &mark))?;
@@ -520,8 +526,11 @@ const HOSTS: usize = 0;
 
 /// A file to be mounted.
 struct File {
-    source: Source,
     destination: String,
+    bytes: Vec<u8>,
+    mode: u32,
+    /// The process's user owns it, else root does.
+    of_bot: bool,
     /// Not where one of `spec.files` is mounted in its place.
     mounted: bool,
     /// As a Pod has it: what the spec asks for the process may only read, hosts and the like it may write unless its whole
@@ -529,27 +538,15 @@ struct File {
     read_only: bool,
 }
 
-enum Source {
-    /// A file that the node has.
-    Node(PathBuf),
-    /// A file that is written for the bot; `of_bot` where its process's user owns it, else root does.
-    Content { bytes: Vec<u8>, mode: u32, of_bot: bool },
-}
-
 impl File {
     fn new(destination: &str, content: impl Into<Vec<u8>>, mode: u32) -> Self {
-        let source = Source::Content { bytes: content.into(), mode, of_bot: false };
-        Self { source, destination: destination.to_owned(), mounted: true, read_only: false }
-    }
-
-    fn of_node(destination: &str, path: PathBuf) -> Self {
-        Self { source: Source::Node(path), destination: destination.to_owned(), mounted: true, read_only: true }
+        let (bytes, destination) = (content.into(), destination.to_owned());
+        Self { destination, bytes, mode, of_bot: false, mounted: true, read_only: false }
     }
 
     /// One of `spec.files`: with mode 0600 a bot that is not root could not read it, were it not its own.
     fn of_bot(destination: &str, content: Vec<u8>, mode: u32) -> Self {
-        let source = Source::Content { bytes: content, mode, of_bot: true };
-        Self { source, destination: destination.to_owned(), mounted: true, read_only: true }
+        Self { of_bot: true, read_only: true, ..Self::new(destination, content, mode) }
     }
 }
 

@@ -203,6 +203,8 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
     let asked = stage.runs(with(asks("asked", script), asked)).await;
     let seen = said(&asked).await;
     assert_eq!(seen.lines().next(), Some("ada"), "{seen}");
+    // The image has no tz database of its own.
+    assert!(seen.lines().any(|l| ["CET", "CEST"].contains(&l)), "{seen}");
     for line in ["TZ=Europe/Berlin", "nameserver 192.0.2.53", "search example.com", "options ndots:2"] {
         assert!(seen.lines().any(|l| l == line), "{line:?} is missing: {seen}");
     }
@@ -218,7 +220,11 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
     }
     assert!(!seen.contains("10.96.0.10"), "{seen}");
 
-    stage.apply(with(bot("lost"), json!({"timezone": "Europe/Atlantis"}))).await;
+    for name in ["leapseconds", "Europe/Atlantis"] {
+        stage.apply(with(bot("lost"), json!({"timezone": name}))).await;
+        let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;
+        assert!(message(&failed, ConditionType::Ready).contains(name), "{}", summary(&failed));
+    }
     let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;
     let words = message(&failed, ConditionType::Ready);
     assert!(words.contains("spec.timezone") && words.contains("Europe/Atlantis"), "{words}");
