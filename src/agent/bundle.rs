@@ -6,8 +6,10 @@
 //! image config, bot's spec, node's facts -----------------------------+
 //! ```
 //!
-//! The files (resolv.conf, hosts, hostname, `spec.files`) lie on a tmpfs below `files_dir`, a folder a bot: no Secret
-//! value comes onto a disk, into a layer or a log.
+//! `spec.files` lie on a tmpfs below `files_dir`, a folder a bot: no Secret value comes onto a disk, into a layer or a log.
+//! Berth's own files (hosts, hostname, resolv.conf, the time zone) are no secret, and the bot may write the first three, as
+//! in a Pod: they lie on the disk that its layer is on, where it can fill no more than it could anyway, and not on a tmpfs
+//! that all bots of the node, and `/run` itself, have in common (compare CVE-2020-8557 of kubelet).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -51,8 +53,10 @@ const BEHIND_THE_STUB: &str = "/run/systemd/resolve/resolv.conf";
 /// What is the same for all bots of a node.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A tmpfs: a folder a bot for the files that are mounted in.
+    /// A tmpfs: a folder a bot for `spec.files`, which are mounted in.
     pub files_dir: PathBuf,
+    /// On a disk: a folder a bot for Berth's own files that are mounted in.
+    pub own_files_dir: PathBuf,
     /// Where a layer is mounted for a moment, to get a descriptor of it.
     pub mnt_dir: PathBuf,
     /// Where named network namespaces are.
@@ -118,6 +122,22 @@ pub enum BundleError {
     /// The image's tree can't be used.
     #[error("the image's file system can't be used")]
     Root(#[from] RootError),
+    /// The data path can't be used.
+    #[error("spec.data.path {path:?} can't be used with this image")]
+    Data {
+        /// As it was asked.
+        path: String,
+        /// Why not.
+        source: RootError,
+    },
+    /// The working directory can't be used.
+    #[error("{field} can't be used")]
+    WorkingDirectory {
+        /// Whose it is: the spec's or the image's.
+        field: &'static str,
+        /// Why not.
+        source: RootError,
+    },
     /// The user can't be told.
     #[error(transparent)]
     User(#[from] UserError),
@@ -191,7 +211,9 @@ impl BundleError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Mount(_) | Self::File { .. } | Self::CutOff(_) => Reason::StorageFailed,
-            Self::Root(error) => error.reason(),
+            Self::Root(error) | Self::Data { source: error, .. } | Self::WorkingDirectory { source: error, .. } => {
+                error.reason()
+            }
             Self::User(error) => error.reason(),
             Self::Env(error) => error.reason(),
             Self::Spec(error) => error.reason(),
@@ -208,7 +230,9 @@ impl BundleError {
             Self::Mount(_) | Self::File { .. } | Self::CutOff(_) | Self::Api { .. } => true,
             // The object may be created; the agent does not watch it.
             Self::FileSource { .. } | Self::RuntimeClass { .. } => true,
-            Self::Root(error) => error.retryable(),
+            Self::Root(error) | Self::Data { source: error, .. } | Self::WorkingDirectory { source: error, .. } => {
+                error.retryable()
+            }
             Self::User(error) => error.retryable(),
             Self::Env(error) => error.retryable(),
             Self::Spec(error) => error.retryable(),
@@ -285,7 +309,14 @@ impl Bundle {
         let (alive_network, noted) = (input.alive.network, input.noted.clone());
         let (spec, skills) = tokio::task::spawn_blocking(move || -> Result<(Vec<u8>, Skills), BundleError> {
             let root = root::open(&mounts, &this.options.mnt_dir, &id)?;
-            check_root(root.as_fd(), &bot.data.path)?;
+            let data = &bot.data.path;
+            check_root(root.as_fd(), data).map_err(|source| match source {
+                // What is wrong on the way to the data is a matter of that field, all else of the image.
+                source @ (RootError::BadPath { .. } | RootError::NotADirectory { .. }) if source.is_on(data) => {
+                    BundleError::Data { path: data.clone(), source }
+                }
+                source => source.into(),
+            })?;
             let user = resolve_user(root.as_fd(), &image.user, bot.security_context.as_ref())?;
             let binds = this.write_files(&id, &files, &user)?;
             // 0755 and the bot's own user: a bot that does not run as root must be able to write its data.
@@ -313,7 +344,9 @@ impl Bundle {
                 node: &this.node,
             })?;
             if let Some(process) = spec.process() {
-                check_working_directory(root.as_fd(), &process.cwd().to_string_lossy())?;
+                let field = if bot.working_dir.is_some() { "spec.workingDir" } else { "the image's WorkingDir" };
+                check_working_directory(root.as_fd(), &process.cwd().to_string_lossy())
+                    .map_err(|source| BundleError::WorkingDirectory { field, source })?;
             }
             Ok((serde_json::to_vec(&spec)?, skills))
         })
@@ -352,7 +385,7 @@ impl Bundle {
             Attached::Ready { ips } if alive.network == NetworkMode::Bridge => ips,
             _ => return Ok(()),
         };
-        let path = self.options.files_dir.join(desired.id.as_str()).join(HOSTS.to_string());
+        let path = self.options.own_files_dir.join(desired.id.as_str()).join(HOSTS.to_string());
         let text = hosts_file(&self.hostname(desired, alive), ips);
         fs::write(&path, text).map_err(|source| BundleError::File { what: "write", path, source })
     }
@@ -466,14 +499,16 @@ impl Bundle {
     /// Writes the files of a bot anew, each beside the old one and moved over it: a process that has the old one mounted
     /// keeps it. The mark comes last.
     fn write_files(&self, id: &ContainerId, files: &[File], user: &User) -> Result<Vec<BindMount>, BundleError> {
-        let dir = self.options.files_dir.join(id.as_str());
+        let [secret, own] = self.dirs(id);
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| BundleError::File { what, path, source }
         };
-        fs::create_dir_all(&dir).map_err(failed("create", &dir))?;
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).map_err(failed("set the mode of", &dir))?;
-        let mark = dir.join(COMPLETE);
+        for dir in [&secret, &own] {
+            fs::create_dir_all(dir).map_err(failed("create", dir))?;
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(failed("set the mode of", dir))?;
+        }
+        let mark = secret.join(COMPLETE);
         if let Err(error) = fs::remove_file(&mark)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -481,6 +516,7 @@ impl Bundle {
         }
         let mut binds = Vec::new();
         for (i, file) in files.iter().enumerate() {
+            let dir = if file.of_bot { &secret } else { &own };
             let path = dir.join(i.to_string());
             let new = dir.join(format!("{i}.new"));
             let mut out = fs::OpenOptions::new()
@@ -505,19 +541,34 @@ impl Bundle {
                 });
             }
         }
+        // What is no longer asked for, a Secret's value it may be, does not wait for the bot's end.
+        for entry in fs::read_dir(&secret).map_err(failed("list", &secret))? {
+            let path = entry.map_err(failed("list", &secret))?.path();
+            let index = path.file_name().and_then(|name| name.to_str()?.parse::<usize>().ok());
+            if !index.and_then(|i| files.get(i)).is_some_and(|file| file.of_bot) {
+                fs::remove_file(&path).map_err(failed("remove", &path))?;
+            }
+        }
         fs::write(&mark, b"").map_err(failed("create", &mark))?;
         Ok(binds)
     }
 
+    /// The bot's folders of `spec.files` and of Berth's own files.
+    fn dirs(&self, id: &ContainerId) -> [PathBuf; 2] {
+        [&self.options.files_dir, &self.options.own_files_dir].map(|dir| dir.join(id.as_str()))
+    }
+
     /// Removes the files of a bot. Safe twice.
     pub async fn remove_files(&self, id: &ContainerId) -> Result<(), BundleError> {
-        let dir = self.options.files_dir.join(id.as_str());
-        match tokio::fs::remove_dir_all(&dir).await {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(BundleError::File { what: "remove", path: dir, source: error })
+        for dir in self.dirs(id) {
+            match tokio::fs::remove_dir_all(&dir).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(BundleError::File { what: "remove", path: dir, source: error });
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 

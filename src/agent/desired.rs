@@ -30,6 +30,8 @@ pub struct Desired {
     pub snapshotter: String,
     /// Id of the rollback that is asked for, if one is.
     pub rollback: Option<String>,
+    /// Whether snapshots are asked for by a schedule.
+    pub scheduled: bool,
     /// What the object is to be.
     pub goal: Goal,
 }
@@ -142,7 +144,8 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
         .unwrap_or_else(|| uid.to_string());
     let snapshotter = spec.snapshotter.clone().unwrap_or_else(|| default_snapshotter.to_owned());
     let rollback = spec.rollback.as_ref().map(|rollback| rollback.id.clone());
-    Ok(Desired { id: uid.container_id(), uid, namespace, name, bot_id, snapshotter, rollback, goal })
+    let scheduled = spec.snapshot_policy.as_ref().is_some_and(|policy| policy.schedule.is_some() && !policy.suspend);
+    Ok(Desired { id: uid.container_id(), uid, namespace, name, bot_id, snapshotter, rollback, scheduled, goal })
 }
 
 fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {

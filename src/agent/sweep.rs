@@ -228,6 +228,7 @@ impl Orphan {
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
             rollback: None,
+            scheduled: false,
             goal: Goal::Gone { grace: GRACE },
         };
         let deadline = Instant::now() + GRACE * 3;

@@ -538,7 +538,7 @@ pub struct LineageEntry {
 pub struct Transition {
     /// Counts up from 1, without gaps.
     pub seq: i64,
-    /// created, scheduled, pulled, started, stopped, paused, resumed, exited, oom_killed, deleted …
+    /// created, started, exited, oom_killed, paused, resumed, stopped or deleted; more may come.
     #[serde(rename = "type")]
     pub type_: String,
     /// When.

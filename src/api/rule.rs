@@ -143,7 +143,8 @@ const IMAGE: &str = concat!(
     r"|\[[a-fA-F0-9:]+\])(:[0-9]+)?/)?",
     r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*)*",
     r"(:[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?",
-    r"(@[A-Za-z][A-Za-z0-9]*([-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,})?$",
+    // Of its digests the one that containerd's content store of every version computes.
+    r"(@sha256:[0-9a-f]{64})?$",
 );
 
 // A path from the root, each component at least one character, none of them `.` or `..`, nothing that breaks a line.
@@ -240,8 +241,9 @@ fn identity() -> Vec<Rule> {
             "a bot keeps its identity: to run as another bot create another BotContainer",
         ),
         bot("image-reference", "spec.image")
-            .must(matches(IMAGE))
-            .or("must be an image reference: [registry[:port]/]repository[:tag][@digest], the repository in lower case, no spaces, no scheme; for example docker.io/library/node:22"),
+            // 64 hex digits alone are an image's id.
+            .must(format!("{} && !self.matches('^[0-9a-f]{{64}}([:@]|$)')", matches(IMAGE)))
+            .or("must be an image reference: [registry[:port]/]repository[:tag][@sha256:digest], the repository in lower case, no spaces, no scheme; for example docker.io/library/node:22"),
         object_name(Kind::BotContainer, "pull-secret-name", "spec.imagePullSecrets[].name", "a Secret"),
     ]
 }

@@ -183,6 +183,10 @@ fn identity() -> Vec<Case> {
                     "../node",
                     "node\n",
                     "-node",
+                    &digest.to_uppercase().replace("NODE@SHA256", "node@sha256"),
+                    &digest.replace("sha256", "sha512"),
+                    &digest[.."node@sha256:".len() + 63],
+                    &digest["node@sha256:".len()..],
                 ]
                 .map(image),
                 "spec.image",

@@ -76,6 +76,8 @@ async fn what_costs_nothing_leaves_the_process_alone() {
         assert_eq!(life(pid(&after)), process, "{what}");
         assert_eq!(says(&after, ConditionType::Ready), Some(("True", "AsAsked")), "{what}: {}", summary(&after));
         assert_eq!(status(&after).task, status(&before).task, "{what}");
+        let warned = message(&after, ConditionType::Ready).contains("spec.snapshotPolicy.schedule has no effect");
+        assert_eq!(warned, after.spec.snapshot_policy.is_some(), "{what}: backups that are not made are no secret");
     }
     // Labels are not even a new generation.
     stage.cluster.kubectl(["label", "-n", stage.ns.name(), "bot/web", "team=a"]);

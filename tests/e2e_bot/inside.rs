@@ -292,6 +292,17 @@ async fn the_specs_own_words_and_files_go_before_berths() {
     }
     assert!(seen.contains("Read-only file system"), "{seen}");
     assert_eq!(std::fs::read_to_string(path_in(&web, "/etc/bot.toml")).unwrap(), "a = 1\n");
+    // What it may write is on the disk of its layer, a folder of its own, and goes with it.
+    let files = |dir| PathBuf::from(stage.agent.env(dir)).join("files").join(format!("berth-{}", uid(&web)));
+    let (own, run) = (files("BERTH_STATE_DIR"), files("BERTH_RUN_DIR"));
+    assert!(holds(&own, "more"));
+    assert!(!holds(&run, "more"));
+    // A file that leaves the spec does not stay on the node.
+    assert!(holds(&run, "a = 1"));
+    stage.edited("web", json!({"files": null}), Phase::Running).await;
+    assert!(!holds(&run, "a = 1"));
+    stage.ns.delete("web", SOON).await;
+    assert!(!own.exists() && !run.exists());
 
     // As in a Pod: a read-only root takes Berth's own files along, and leaves the data.
     let spec = json!({"securityContext": {"readOnlyRootFilesystem": true}});
@@ -322,4 +333,57 @@ async fn the_lineage_is_told_from_the_images_first_layer_to_the_active_one() {
     // A restart stands on the same.
     let after = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
     assert_eq!(&status(&after).lineage, lineage);
+}
+
+/// What no API server can know is told by the node: with the field, as a condition and an Event, and mended by an edit. A
+/// spec that was refused before any step was told by no Event.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_the_node_knows_is_told_with_its_field() {
+    let stage = Stage::set("fields").await;
+    let security = |more: Value| json!({"securityContext": more});
+    let cases = [
+        (json!({"data": {"path": "/bin/sh"}}), "InvalidSpec", "spec.data.path"),
+        (json!({"workingDir": "/proc/self"}), "InvalidSpec", "spec.workingDir"),
+        (json!({"timezone": "Europe/Atlantis"}), "InvalidSpec", "spec.timezone"),
+        (security(json!({"runAsNonRoot": true})), "InvalidSpec", "spec.securityContext.runAsNonRoot"),
+        (
+            security(json!({"seccompProfile": {"type": "Localhost", "localhostProfile": "no.json"}})),
+            "InvalidSpec",
+            "spec.securityContext.seccompProfile.localhostProfile",
+        ),
+        (
+            security(json!({"appArmorProfile": {"type": "Localhost", "localhostProfile": "no"}})),
+            "InvalidSpec",
+            "spec.securityContext.appArmorProfile",
+        ),
+        (
+            json!({"files": [{"path": "/x", "configMapKeyRef": {"name": "none", "key": "k"}}]}),
+            "ConfigNotFound",
+            "spec.files[0].configMapKeyRef",
+        ),
+        (json!({"envFrom": [{"secretRef": {"name": "none"}}]}), "ConfigNotFound", "spec.envFrom[0]"),
+        (json!({"restoreFrom": {"snapshotName": "none"}}), "SnapshotsUnsupported", "spec.restoreFrom"),
+    ];
+    for (i, (spec, ..)) in cases.iter().enumerate() {
+        stage.apply(with(bot(&format!("b{i}")), spec.clone())).await;
+    }
+    for (i, (spec, reason, field)) in cases.into_iter().enumerate() {
+        let name = format!("b{i}");
+        let told = stage
+            .ns
+            .until(&name, reason, SOON, |bot| {
+                bot.status.is_some() && says(bot, ConditionType::Ready) == Some(("False", reason))
+            })
+            .await;
+        assert!(message(&told, ConditionType::Ready).contains(field), "{spec}: {}", summary(&told));
+        stage.told_once(&name, reason).await;
+        let undo: serde_json::Map<_, _> = spec.as_object().unwrap().keys().map(|k| (k.clone(), Value::Null)).collect();
+        if !["data", "restoreFrom"].contains(&undo.keys().next().unwrap().as_str()) {
+            stage.edited(&name, undo.into(), Phase::Running).await;
+        }
+    }
+    assert_eq!(
+        says(&stage.ns.bots().get("b8").await.unwrap(), ConditionType::Restored),
+        Some(("False", "SnapshotsUnsupported"))
+    );
 }
