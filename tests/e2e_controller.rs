@@ -130,7 +130,7 @@ async fn one_of_two_holds_a_bot_id_and_the_other_goes_on_after_it() {
     let _agent = cluster.agent("node-1", json!({"cpu": "4", "memory": "4Gi", "bots": "100"})).await;
     cluster.bot("one", json!({"botId": "the-bot"})).await;
     cluster.bound("one").await;
-    cluster.bot("two", json!({"botId": "the-bot"})).await;
+    cluster.bot("two", json!({"botId": "the-bot", "rollback": {"id": "there", "toVersion": 1}})).await;
     let said = cluster.condition("two", "Ready", "False", "BotIdInUse").await;
     assert!(said.contains("BotContainer one"), "{said}");
 
@@ -143,6 +143,8 @@ async fn one_of_two_holds_a_bot_id_and_the_other_goes_on_after_it() {
     cluster.bound("two").await;
     let record = cluster.records().get("the-bot").await.unwrap();
     assert_eq!(record.spec.holder.unwrap().name, "two");
+    // Its rollback was there at creation, and would have been done later as a new one.
+    assert_eq!(record.spec.last_rollback_id.as_deref(), Some("there"));
 
     // Both at once: exactly one is placed.
     let (a, b) = (bot("a", json!({"botId": "both"})), bot("b", json!({"botId": "both"})));

@@ -417,6 +417,9 @@ impl Actor {
             name: work.desired.name.clone(),
             bot_id: work.desired.bot_id.clone(),
             hash: alive.hash.clone(),
+            restarted_at: alive.restarted_at.clone().or_else(|| old.and_then(|old| old.restarted_at.clone())),
+            // What is asked when the bot is made counts as done.
+            rollback: old.map_or_else(|| work.desired.rollback.clone(), |old| old.rollback.clone()),
             limits: alive.limits.clone(),
             skills: made.skills,
             image: layer.image.clone(),

@@ -271,6 +271,7 @@ impl AgentArgs {
         let ips = facts.addresses.iter().filter(|address| address.type_ == "InternalIP");
         bundle::Options {
             files_dir: self.files_dir(),
+            own_files_dir: self.state_dir.join("files"),
             mnt_dir: self.mnt_dir(),
             netns_dir: self.run_dir.join("netns"),
             seccomp_dir: self.state_dir.join("seccomp"),

@@ -6,8 +6,10 @@
 //! image config, bot's spec, node's facts -----------------------------+
 //! ```
 //!
-//! The files (resolv.conf, hosts, hostname, `spec.files`) lie on a tmpfs below `files_dir`, a folder a bot: no Secret
-//! value comes onto a disk, into a layer or a log.
+//! `spec.files` lie on a tmpfs below `files_dir`, a folder a bot: no Secret value comes onto a disk, into a layer or a log.
+//! Berth's own files (hosts, hostname, resolv.conf, the time zone) are no secret, and the bot may write the first three, as
+//! in a Pod: they lie on the disk that its layer is on, where it can fill no more than it could anyway, and not on a tmpfs
+//! that all bots of the node, and `/run` itself, have in common (compare CVE-2020-8557 of kubelet).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +30,10 @@ use crate::api::condition::{Reason, chain};
 use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
-use crate::network::{ClusterDns, DnsWarning, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
+use crate::network::{
+    ClusterDns, DnsWarning, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf,
+};
+use crate::oci::seccomp::{ProfileError, localhost_profile};
 use crate::oci::{
     BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput, User,
     UserError, check_root, check_working_directory, ensure_directory, linux_resources, resolve_env, resolve_user,
@@ -50,8 +55,10 @@ const BEHIND_THE_STUB: &str = "/run/systemd/resolve/resolv.conf";
 /// What is the same for all bots of a node.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// A tmpfs: a folder a bot for the files that are mounted in.
+    /// A tmpfs: a folder a bot for `spec.files`, which are mounted in.
     pub files_dir: PathBuf,
+    /// On a disk: a folder a bot for Berth's own files that are mounted in.
+    pub own_files_dir: PathBuf,
     /// Where a layer is mounted for a moment, to get a descriptor of it.
     pub mnt_dir: PathBuf,
     /// Where named network namespaces are.
@@ -117,6 +124,22 @@ pub enum BundleError {
     /// The image's tree can't be used.
     #[error("the image's file system can't be used")]
     Root(#[from] RootError),
+    /// The data path can't be used.
+    #[error("spec.data.path {path:?} can't be used with this image")]
+    Data {
+        /// As it was asked.
+        path: String,
+        /// Why not.
+        source: RootError,
+    },
+    /// The working directory can't be used.
+    #[error("{field} can't be used")]
+    WorkingDirectory {
+        /// Whose it is: the spec's or the image's.
+        field: &'static str,
+        /// Why not.
+        source: RootError,
+    },
     /// The user can't be told.
     #[error(transparent)]
     User(#[from] UserError),
@@ -166,7 +189,7 @@ pub enum BundleError {
     },
     /// The seccomp profile of the node can't be used.
     #[error("the seccomp profile can't be used")]
-    Seccomp(#[from] crate::oci::seccomp::ProfileError),
+    Seccomp(#[from] ProfileError),
     /// A file can't be written or removed.
     #[error("can't {what} {path}")]
     File {
@@ -190,7 +213,9 @@ impl BundleError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Mount(_) | Self::File { .. } | Self::CutOff(_) => Reason::StorageFailed,
-            Self::Root(error) => error.reason(),
+            Self::Root(error) | Self::Data { source: error, .. } | Self::WorkingDirectory { source: error, .. } => {
+                error.reason()
+            }
             Self::User(error) => error.reason(),
             Self::Env(error) => error.reason(),
             Self::Spec(error) => error.reason(),
@@ -207,7 +232,9 @@ impl BundleError {
             Self::Mount(_) | Self::File { .. } | Self::CutOff(_) | Self::Api { .. } => true,
             // The object may be created; the agent does not watch it.
             Self::FileSource { .. } | Self::RuntimeClass { .. } => true,
-            Self::Root(error) => error.retryable(),
+            Self::Root(error) | Self::Data { source: error, .. } | Self::WorkingDirectory { source: error, .. } => {
+                error.retryable()
+            }
             Self::User(error) => error.retryable(),
             Self::Env(error) => error.retryable(),
             Self::Spec(error) => error.retryable(),
@@ -269,7 +296,8 @@ impl Bundle {
             SourceKind::ConfigMap => input.references.get(Kind::ConfigMap, name),
         };
         let mut env = resolve_env(&spec.env, &spec.env_from, &source, &context)?;
-        if let Some(zone) = &spec.timezone {
+        // For `$(TZ)`. What the bot's own env says of it goes before.
+        if let Some(zone) = spec.timezone.as_ref().filter(|_| env.iter().all(|(name, _)| name != "TZ")) {
             env.push(("TZ".to_owned(), zone.clone()));
         }
         let hostname = self.hostname(input.desired, input.alive);
@@ -283,7 +311,14 @@ impl Bundle {
         let (alive_network, noted) = (input.alive.network, input.noted.clone());
         let (spec, skills) = tokio::task::spawn_blocking(move || -> Result<(Vec<u8>, Skills), BundleError> {
             let root = root::open(&mounts, &this.options.mnt_dir, &id)?;
-            check_root(root.as_fd(), &bot.data.path)?;
+            let data = &bot.data.path;
+            check_root(root.as_fd(), data).map_err(|source| match source {
+                // What is wrong on the way to the data is a matter of that field, all else of the image.
+                source @ (RootError::BadPath { .. } | RootError::NotADirectory { .. }) if source.is_on(data) => {
+                    BundleError::Data { path: data.clone(), source }
+                }
+                source => source.into(),
+            })?;
             let user = resolve_user(root.as_fd(), &image.user, bot.security_context.as_ref())?;
             let binds = this.write_files(&id, &files, &user)?;
             // 0755 and the bot's own user: a bot that does not run as root must be able to write its data.
@@ -311,7 +346,9 @@ impl Bundle {
                 node: &this.node,
             })?;
             if let Some(process) = spec.process() {
-                check_working_directory(root.as_fd(), &process.cwd().to_string_lossy())?;
+                let field = if bot.working_dir.is_some() { "spec.workingDir" } else { "the image's WorkingDir" };
+                check_working_directory(root.as_fd(), &process.cwd().to_string_lossy())
+                    .map_err(|source| BundleError::WorkingDirectory { field, source })?;
             }
             Ok((serde_json::to_vec(&spec)?, skills))
         })
@@ -350,7 +387,7 @@ impl Bundle {
             Attached::Ready { ips } if alive.network == NetworkMode::Bridge => ips,
             _ => return Ok(()),
         };
-        let path = self.options.files_dir.join(desired.id.as_str()).join(HOSTS.to_string());
+        let path = self.options.own_files_dir.join(desired.id.as_str()).join(HOSTS.to_string());
         let text = hosts_file(&self.hostname(desired, alive), ips);
         fs::write(&path, text).map_err(|source| BundleError::File { what: "write", path, source })
     }
@@ -364,10 +401,18 @@ impl Bundle {
             return Ok(None);
         };
         let dir = &self.options.seccomp_dir;
-        let failed =
-            |source| BundleError::File { what: "open the folder of seccomp profiles", path: dir.clone(), source };
-        let dir = fs::File::open(dir).map_err(failed)?;
-        Ok(Some(crate::oci::seccomp::localhost_profile(dir.as_fd(), name)?))
+        let dir = match fs::File::open(dir) {
+            // A node without the folder has no profile, this one included.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                return Err(ProfileError::Missing { name: name.to_owned() }.into());
+            }
+            opened => opened.map_err(|source| BundleError::File {
+                what: "open the folder of seccomp profiles",
+                path: dir.clone(),
+                source,
+            })?,
+        };
+        Ok(Some(localhost_profile(dir.as_fd(), name)?))
     }
 
     async fn runtime(&self, spec: &BotContainerSpec) -> Result<String, BundleError> {
@@ -418,10 +463,22 @@ impl Bundle {
         }
         files.push(File::new("/etc/resolv.conf", resolved.conf.to_string(), 0o644));
         if let Some(zone) = &spec.timezone {
-            files.push(File { source: Source::Node(self.zone(zone)?), destination: "/etc/localtime".to_owned() });
+            let rules = self.zone(zone)?;
+            // Where TZ names it too: an image without a tz database would take it for UTC.
+            for place in ["/etc/localtime", &format!("/usr/share/zoneinfo/{zone}")] {
+                files.push(File { read_only: true, ..File::new(place, rules.clone(), 0o644) });
+            }
+        }
+        let read_only = spec.security_context.as_ref().and_then(|security| security.read_only_root_filesystem);
+        for own in &mut files {
+            own.read_only |= read_only == Some(true);
         }
         for (i, file) in spec.files.iter().enumerate() {
             if let Some(content) = content(i, file, input.references)? {
+                // As a Pod's volume does: one at /etc/hosts or the like takes the place of ours.
+                for own in files.iter_mut().filter(|own| own.destination == file.path) {
+                    own.mounted = false;
+                }
                 let mode = u32::try_from(file.mode.unwrap_or(0o644)).unwrap_or(0o644) & 0o777;
                 files.push(File::of_bot(&file.path, content, mode));
             }
@@ -429,28 +486,34 @@ impl Bundle {
         Ok(files)
     }
 
-    fn zone(&self, zone: &str) -> Result<PathBuf, BundleError> {
+    /// The rules of a time zone (tzfile(5)).
+    fn zone(&self, zone: &str) -> Result<Vec<u8>, BundleError> {
         let dir = &self.options.zoneinfo_dir;
         let plain = zone.split('/').all(|part| !part.is_empty() && part != "." && part != "..");
         let path = dir.join(zone);
         if plain && fs::metadata(&path).is_ok_and(|found| found.is_file()) {
-            Ok(path)
-        } else {
-            Err(BundleError::Timezone { zone: zone.to_owned(), dir: dir.display().to_string() })
+            let rules = fs::read(&path).map_err(|source| BundleError::File { what: "read", path, source })?;
+            // The folder has lists of zones as well.
+            if rules.starts_with(b"TZif") {
+                return Ok(rules);
+            }
         }
+        Err(BundleError::Timezone { zone: zone.to_owned(), dir: dir.display().to_string() })
     }
 
     /// Writes the files of a bot anew, each beside the old one and moved over it: a process that has the old one mounted
     /// keeps it. The mark comes last.
     fn write_files(&self, id: &ContainerId, files: &[File], user: &User) -> Result<Vec<BindMount>, BundleError> {
-        let dir = self.options.files_dir.join(id.as_str());
+        let [secret, own] = self.dirs(id);
         let failed = |what, path: &Path| {
             let path = path.to_owned();
             move |source| BundleError::File { what, path, source }
         };
-        fs::create_dir_all(&dir).map_err(failed("create", &dir))?;
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o700)).map_err(failed("set the mode of", &dir))?;
-        let mark = dir.join(COMPLETE);
+        for dir in [&secret, &own] {
+            fs::create_dir_all(dir).map_err(failed("create", dir))?;
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(failed("set the mode of", dir))?;
+        }
+        let mark = secret.join(COMPLETE);
         if let Err(error) = fs::remove_file(&mark)
             && error.kind() != std::io::ErrorKind::NotFound
         {
@@ -458,43 +521,59 @@ impl Bundle {
         }
         let mut binds = Vec::new();
         for (i, file) in files.iter().enumerate() {
-            let (source, read_only) = match &file.source {
-                Source::Node(path) => (path.clone(), true),
-                Source::Content { bytes, mode, of_bot } => {
-                    let path = dir.join(i.to_string());
-                    let new = dir.join(format!("{i}.new"));
-                    let mut out = fs::OpenOptions::new()
-                        .write(true)
-                        .create(true)
-                        .truncate(true)
-                        .mode(0o600)
-                        .open(&new)
-                        .map_err(failed("create", &new))?;
-                    out.write_all(bytes).map_err(failed("write", &new))?;
-                    if *of_bot {
-                        std::os::unix::fs::fchown(&out, Some(user.uid), Some(user.gid))
-                            .map_err(failed("set the owner of", &new))?;
-                    }
-                    out.set_permissions(fs::Permissions::from_mode(*mode)).map_err(failed("set the mode of", &new))?;
-                    fs::rename(&new, &path).map_err(failed("rename", &new))?;
-                    (path, false)
-                }
-            };
-            binds.push(BindMount { source, destination: file.destination.clone(), read_only });
+            let dir = if file.of_bot { &secret } else { &own };
+            let path = dir.join(i.to_string());
+            let new = dir.join(format!("{i}.new"));
+            let mut out = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)
+                .map_err(failed("create", &new))?;
+            out.write_all(&file.bytes).map_err(failed("write", &new))?;
+            if file.of_bot {
+                std::os::unix::fs::fchown(&out, Some(user.uid), Some(user.gid))
+                    .map_err(failed("set the owner of", &new))?;
+            }
+            out.set_permissions(fs::Permissions::from_mode(file.mode)).map_err(failed("set the mode of", &new))?;
+            fs::rename(&new, &path).map_err(failed("rename", &new))?;
+            if file.mounted {
+                binds.push(BindMount {
+                    source: path,
+                    destination: file.destination.clone(),
+                    read_only: file.read_only,
+                });
+            }
+        }
+        // What is no longer asked for, a Secret's value it may be, does not wait for the bot's end.
+        for entry in fs::read_dir(&secret).map_err(failed("list", &secret))? {
+            let path = entry.map_err(failed("list", &secret))?.path();
+            let index = path.file_name().and_then(|name| name.to_str()?.parse::<usize>().ok());
+            if !index.and_then(|i| files.get(i)).is_some_and(|file| file.of_bot) {
+                fs::remove_file(&path).map_err(failed("remove", &path))?;
+            }
         }
         fs::write(&mark, b"").map_err(failed("create", &mark))?;
         Ok(binds)
     }
 
+    /// The bot's folders of `spec.files` and of Berth's own files.
+    fn dirs(&self, id: &ContainerId) -> [PathBuf; 2] {
+        [&self.options.files_dir, &self.options.own_files_dir].map(|dir| dir.join(id.as_str()))
+    }
+
     /// Removes the files of a bot. Safe twice.
     pub async fn remove_files(&self, id: &ContainerId) -> Result<(), BundleError> {
-        let dir = self.options.files_dir.join(id.as_str());
-        match tokio::fs::remove_dir_all(&dir).await {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(BundleError::File { what: "remove", path: dir, source: error })
+        for dir in self.dirs(id) {
+            match tokio::fs::remove_dir_all(&dir).await {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(BundleError::File { what: "remove", path: dir, source: error });
+                }
+                _ => {}
             }
-            _ => Ok(()),
         }
+        Ok(())
     }
 }
 
@@ -503,27 +582,27 @@ const HOSTS: usize = 0;
 
 /// A file to be mounted.
 struct File {
-    source: Source,
     destination: String,
-}
-
-enum Source {
-    /// A file that the node has.
-    Node(PathBuf),
-    /// A file that is written for the bot; `of_bot` where its process's user owns it, else root does.
-    Content { bytes: Vec<u8>, mode: u32, of_bot: bool },
+    bytes: Vec<u8>,
+    mode: u32,
+    /// The process's user owns it, else root does.
+    of_bot: bool,
+    /// Not where one of `spec.files` is mounted in its place.
+    mounted: bool,
+    /// As a Pod has it: what the spec asks for the process may only read, hosts and the like it may write unless its whole
+    /// root is read-only.
+    read_only: bool,
 }
 
 impl File {
     fn new(destination: &str, content: impl Into<Vec<u8>>, mode: u32) -> Self {
-        let source = Source::Content { bytes: content.into(), mode, of_bot: false };
-        Self { source, destination: destination.to_owned() }
+        let (bytes, destination) = (content.into(), destination.to_owned());
+        Self { destination, bytes, mode, of_bot: false, mounted: true, read_only: false }
     }
 
     /// One of `spec.files`: with mode 0600 a bot that is not root could not read it, were it not its own.
     fn of_bot(destination: &str, content: Vec<u8>, mode: u32) -> Self {
-        let source = Source::Content { bytes: content, mode, of_bot: true };
-        Self { source, destination: destination.to_owned() }
+        Self { of_bot: true, read_only: true, ..Self::new(destination, content, mode) }
     }
 }
 

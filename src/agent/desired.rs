@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use crate::api::BotContainer;
-use crate::api::bot_container::{BotContainerSpec, ImagePullPolicy, NetworkMode, OperatingMode, RestartPolicy};
+use crate::api::bot_container::{
+    BotContainerSpec, DeletionPolicy, ImagePullPolicy, NetworkMode, OperatingMode, RestartPolicy,
+};
 use crate::api::condition::Reason;
 use crate::api::ids::{BotUid, ContainerId};
 use crate::image::Reference;
@@ -26,6 +28,10 @@ pub struct Desired {
     pub bot_id: String,
     /// Snapshotter of the layer.
     pub snapshotter: String,
+    /// Id of the rollback that is asked for, if one is.
+    pub rollback: Option<String>,
+    /// Whether snapshots are asked for by a schedule.
+    pub scheduled: bool,
     /// What the object is to be.
     pub goal: Goal,
 }
@@ -35,6 +41,12 @@ pub struct Desired {
 pub enum Goal {
     /// Nothing of it is to be left. Needs no valid spec: deletion always works.
     Gone {
+        /// Between TERM and KILL.
+        grace: Duration,
+    },
+    /// Deleted under `deletionPolicy: Retain`: no process, and a layer, where there is one, stays until it is a version or the
+    /// policy is another.
+    Retained {
         /// Between TERM and KILL.
         grace: Duration,
     },
@@ -65,6 +77,8 @@ pub struct Alive {
     pub grace: Duration,
     /// Hash of all that needs a restart when it changes.
     pub hash: String,
+    /// `spec.restartedAt` in its canonical text: a value other than the last one restarts once, none restarts nothing.
+    pub restarted_at: Option<String>,
     /// Canonical text of the limits.
     pub limits: String,
     /// The image for the layer.
@@ -110,7 +124,10 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
     let spec = &bot.spec;
     let grace = Duration::from_secs(spec.termination_grace_period_seconds.max(0).unsigned_abs());
     let goal = if meta.deletion_timestamp.is_some() {
-        Goal::Gone { grace }
+        match spec.deletion_policy {
+            DeletionPolicy::Delete => Goal::Gone { grace },
+            DeletionPolicy::Retain => Goal::Retained { grace },
+        }
     } else if spec.operating_mode == OperatingMode::Stopped {
         Goal::Stopped { grace }
     } else {
@@ -126,7 +143,9 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
         .or_else(|| spec.bot_id.clone())
         .unwrap_or_else(|| uid.to_string());
     let snapshotter = spec.snapshotter.clone().unwrap_or_else(|| default_snapshotter.to_owned());
-    Ok(Desired { id: uid.container_id(), uid, namespace, name, bot_id, snapshotter, goal })
+    let rollback = spec.rollback.as_ref().map(|rollback| rollback.id.clone());
+    let scheduled = spec.snapshot_policy.as_ref().is_some_and(|policy| policy.schedule.is_some() && !policy.suspend);
+    Ok(Desired { id: uid.container_id(), uid, namespace, name, bot_id, snapshotter, rollback, scheduled, goal })
 }
 
 fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
@@ -149,6 +168,7 @@ fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
         restart_policy: spec.restart_policy,
         grace,
         hash: cost::restart_hash(spec),
+        restarted_at: spec.restarted_at.as_ref().map(|at| at.0.to_string()),
         limits: limits(spec),
         pull_policy: spec.image_pull_policy.unwrap_or_else(|| image.default_pull_policy()),
         image,

@@ -37,6 +37,7 @@ pub mod disk;
 pub mod failpoint;
 pub mod floor;
 pub mod labels;
+pub mod lineage;
 pub mod metrics;
 pub mod node;
 pub mod observe;
@@ -115,7 +116,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     }
 
     if args.cluster_dns.is_empty() {
-        tracing::warn!("no --cluster-dns: bots whose dnsPolicy is ClusterFirst get the node's own DNS, and find no Service by name");
+        tracing::warn!(
+            "no --cluster-dns: bots whose dnsPolicy is ClusterFirst get the node's own DNS, and find no Service by name"
+        );
     }
     prepare_directories(&args)?;
     let _lock = tokio::select! {

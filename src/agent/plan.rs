@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! gone      task live? -> Stop .. Kill -> Reap -> Remove(layer, network, output) -> RemoveContainer -> Settled(Removed)
+//! retained  as gone where there is no layer, else
+//!           task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Retained)
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
 //! all       something left of a task that containerd does not know? -> PutAway
 //! alive     an end to note? -> Reap / RecordLost
@@ -44,6 +46,8 @@ pub enum Next {
 pub enum State {
     /// Nothing of it is left.
     Removed,
+    /// It is deleted, and its layer is kept until it can become a version.
+    Retained,
     /// It runs as asked.
     Running,
     /// It is frozen, or was made without being started, as asked.
@@ -89,6 +93,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Container::Foreign { why } => {
             return match &desired.goal {
                 Goal::Gone { .. } => remove_all(observed),
+                Goal::Retained { .. } => retained(observed),
                 _ => Next::settled(State::Foreign { why: why.clone() }),
             };
         }
@@ -97,6 +102,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
     };
     match &desired.goal {
         Goal::Gone { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| remove_all(observed)),
+        Goal::Retained { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| retained(observed)),
         Goal::Stopped { grace } => {
             take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
         }
@@ -195,6 +201,20 @@ fn stopped(record: Option<&Record>, observed: &Observed) -> Next {
     }
 }
 
+/// What a process needs goes, the files stay. Without a layer there is nothing to keep.
+fn retained(observed: &Observed) -> Next {
+    let unwanted = Parts {
+        network: observed.network != Attached::Absent,
+        output: observed.output != Output::Absent,
+        ..Parts::default()
+    };
+    match observed.layer {
+        None => remove_all(observed),
+        Some(_) if unwanted.any() => Next::Do(Step::Remove(unwanted)),
+        Some(_) => Next::settled(State::Retained),
+    }
+}
+
 fn remove_all(observed: &Observed) -> Next {
     let left = Parts {
         layer: observed.layer.is_some(),
@@ -215,7 +235,7 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
     let Some(record) = record else {
         return unexplained(observed.task).unwrap_or_else(|| build_up(alive, None, observed));
     };
-    let changed = record.hash != alive.hash;
+    let changed = !record.is_for(alive);
     let image_changed = record.image != alive.image.to_string();
     match observed.task {
         Task::Stopped { .. } | Task::Unknown => Next::Do(Step::Reap),
@@ -347,11 +367,11 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
     }
     match record {
         // Created Paused: made, not started.
-        Some(record) if alive.paused && record.hash == alive.hash => {
+        Some(record) if alive.paused && record.is_for(alive) => {
             Next::settled(State::Paused { kept: Kept::Files, memory_lost: false })
         }
         Some(record)
-            if record.hash == alive.hash
+            if record.is_for(alive)
                 && record.limits == alive.limits
                 && record.spec_for == record.next_attempt()
                 && observed.layer.as_ref().is_some_and(|layer| record.stands_on(layer))

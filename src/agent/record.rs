@@ -7,6 +7,7 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
+use super::desired::Alive;
 use super::observe::Layer;
 use super::skills::Skills;
 
@@ -24,6 +25,12 @@ pub struct Record {
     pub bot_id: String,
     /// Hash of what the container's OCI spec was made from.
     pub hash: String,
+    /// The last `spec.restartedAt` that was obeyed, or was there when the container was made.
+    #[serde(default)]
+    pub restarted_at: Option<String>,
+    /// The last `spec.rollback.id` that counts as done: the one that was there when the container was made.
+    #[serde(default)]
+    pub rollback: Option<String>,
     /// The limits that the task was given, in their canonical text.
     pub limits: String,
     /// The skills as we wrote them last; the bot may have changed them since.
@@ -132,6 +139,11 @@ impl Record {
         }
     }
 
+    /// Whether a process of this container is what is asked, as far as only a restart could change it.
+    pub fn is_for(&self, alive: &Alive) -> bool {
+        self.hash == alive.hash && (alive.restarted_at.is_none() || alive.restarted_at == self.restarted_at)
+    }
+
     /// Whether the container was made for this layer, and not for one that was there before.
     pub fn stands_on(&self, layer: &Layer) -> bool {
         (&self.layer, &self.image, &self.digest) == (&layer.key, &layer.image, &layer.digest)
@@ -209,6 +221,8 @@ mod tests {
             name: "web".into(),
             bot_id: "web".into(),
             hash: "h1".into(),
+            restarted_at: None,
+            rollback: None,
             limits: String::new(),
             skills: Skills::new(),
             image: "docker.io/library/nginx:latest".into(),

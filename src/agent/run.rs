@@ -18,18 +18,19 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::BotContainer;
-use crate::api::condition::{Reason, chain};
+use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
 use crate::network::Cidr;
 
 use super::act::{Actor, Work};
 use super::desired::{Desired, Goal, desired};
+use super::lineage::Lineage;
 use super::metrics::Metrics;
-use super::observe::{Observed, Observer};
+use super::observe::{Container, Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
 use super::shim::{LEFTOVERS, Patience};
-use super::status::{Trouble, report};
+use super::status::{Trouble, is_image, report};
 use super::step::Step;
 use super::sweep::Orphan;
 
@@ -47,6 +48,10 @@ const RETRY_MOST: Duration = Duration::from_secs(300);
 
 /// How soon a bot is looked at again of whose task something is left: containerd tells nobody when it has put it away.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The most where a person mends something that nobody tells us of (a missing ConfigMap, an image to be loaded) and a try
+/// costs little: kubelet looks about as often.
+const RETRY_LOCAL_MOST: Duration = Duration::from_secs(30);
 
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
@@ -221,6 +226,8 @@ struct BotLoop {
     leftovers_until: Instant,
     /// Of what is left of its task.
     patience: Patience,
+    /// What the bot's layer stands on.
+    lineage: Lineage,
 }
 
 /// How a pass ended.
@@ -243,6 +250,7 @@ impl BotLoop {
             written: None,
             leftovers_until,
             patience: Patience::default(),
+            lineage: Lineage::default(),
         }
     }
 
@@ -300,6 +308,13 @@ impl BotLoop {
                 }
             };
             let overdue = self.patience.is_over(observed.task);
+            if let Some(layer) = &observed.layer {
+                let snapshotter = match &observed.container {
+                    Container::Ours(record) => &record.snapshotter,
+                    Container::Absent | Container::Foreign { .. } => &desired.snapshotter,
+                };
+                self.lineage.follow(&self.shared.actor.containerd, snapshotter, &layer.key);
+            }
             let next = plan(&desired, &observed, Timestamp::now());
             match &next {
                 Next::Do(step) => {
@@ -396,7 +411,8 @@ impl BotLoop {
 
     fn failed(&mut self, step: Step, reason: Reason, message: String, retryable: bool, bot: &BotContainer) {
         let attempts = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |r| r.attempts) + 1;
-        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(RETRY_MOST);
+        let most = if local(reason) { RETRY_LOCAL_MOST } else { RETRY_MOST };
+        let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(most);
         tracing::warn!(
             bot = %self.bot.name, namespace = %self.bot.namespace, uid = %self.bot.uid, %step, %reason, attempts,
             retry_in = ?wait, error = %message, "step failed"
@@ -481,10 +497,22 @@ impl BotLoop {
         // its generation is that of the spec which was planned for.
         let live = self.current().unwrap_or_else(|| bot.clone());
         let generation = bot.metadata.generation;
-        let status = report(generation, desired, observed, next, trouble, live.status.as_ref(), Timestamp::now());
+        let mut status = report(generation, desired, observed, next, trouble, live.status.as_ref(), Timestamp::now());
+        if let Some(layer) = &observed.layer {
+            // While containerd does not say, what was said of the same layer holds.
+            let said = live.status.as_ref().map(|status| &status.lineage);
+            let said = said.filter(|said| said.last().is_some_and(|last| last.name == layer.key));
+            status.lineage = match self.lineage.of(&layer.key).await {
+                Some(entries) => entries.to_vec(),
+                None => said.cloned().unwrap_or_default(),
+            };
+        }
         match self.shared.publisher.status(&live, &status).await {
             Ok(Some(newest)) => {
                 for (kind, reason, note) in news(live.status.as_ref(), &status, trouble) {
+                    if trouble.is_none() && kind == EventType::Warning {
+                        self.shared.metrics.error(reason);
+                    }
                     self.shared.publisher.event(&live, kind, reason, note).await;
                 }
                 self.written = Some(Arc::new(newest));
@@ -507,6 +535,11 @@ impl BotLoop {
             trigger.wake("status not written");
         });
     }
+}
+
+/// Whether a step that failed so waits for something that is made by hand, here or in the API.
+fn local(reason: Reason) -> bool {
+    matches!(reason, Reason::ConfigNotFound | Reason::ErrImageNeverPull | Reason::InvalidSpec)
 }
 
 enum Failed {
@@ -537,13 +570,24 @@ fn news(
         let image = new.image.as_ref().map_or("", |image| image.reference.as_str());
         news.push((EventType::Normal, Reason::Started, format!("started {image} as process {}", task.pid)));
     }
-    let ready = |status: Option<&crate::api::BotContainerStatus>| {
-        status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready").map(|c| c.reason.clone()))
+    let wrong = match trouble {
+        Some(trouble) => Some((trouble.reason, trouble.message.clone())),
+        // What no step stumbled over and only an edit helps: a spec that is refused, an image that can't be changed. Not an
+        // end that is final, which was told with its exit code.
+        None => find(&new.conditions, ConditionType::Stalled)
+            .and_then(|stalled| Some((Reason::parse(&stalled.reason)?, stalled.message.clone())))
+            .filter(|(reason, _)| ended(Some(new)).is_none_or(|last| last.reason != reason.as_str())),
     };
-    if let Some(trouble) = trouble
-        && ready(old).as_deref() != Some(trouble.reason.as_str())
+    // A pull's cause stands in ImageReady, where Ready says that it is waited.
+    let said = |reason: Reason| {
+        let conditions = old.map_or(&[][..], |old| &old.conditions);
+        let said = |type_| find(conditions, type_).is_some_and(|c| c.status != "True" && c.reason == reason.as_str());
+        said(ConditionType::Ready) || is_image(reason) && said(ConditionType::ImageReady)
+    };
+    if let Some((reason, message)) = wrong
+        && !said(reason)
     {
-        news.push((EventType::Warning, trouble.reason, trouble.message.clone()));
+        news.push((EventType::Warning, reason, message));
     }
     news
 }

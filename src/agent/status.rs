@@ -7,8 +7,8 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 
 use crate::api::bot_container::{
-    BotContainerStatus, BotResources, ImageStatus, Kept, NetworkMode, NetworkStatus, Phase, TaskStatus, Termination,
-    Transition,
+    BotContainerStatus, BotResources, ImageStatus, Kept, NetworkMode, NetworkStatus, Phase, RollbackStatus, TaskStatus,
+    Termination, Transition,
 };
 use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
 
@@ -71,7 +71,16 @@ pub fn report(
         Container::Ours(record) => Some(&**record),
         _ => None,
     };
-    let verdict = judge(desired, observed, record, next, trouble);
+    let mut verdict = judge(desired, observed, record, next, trouble);
+    if verdict.ready == Some(true)
+        && let Some(why) = unserved(desired, record)
+    {
+        verdict = Verdict::stalled(verdict.phase, Reason::SnapshotsUnsupported, why);
+    }
+    if verdict.ready == Some(true) && desired.scheduled {
+        // Nobody may rely on backups that are not made.
+        verdict.message.push_str("; spec.snapshotPolicy.schedule has no effect: this Berth takes no snapshots yet");
+    }
     let network = match &observed.network {
         Attached::Ready { ips } if !ips.is_empty() => Some(NetworkStatus {
             ip: ips.first().map(ToString::to_string),
@@ -100,6 +109,7 @@ pub fn report(
         .filter(|resources| !resources.limits.is_empty());
     let kept = match (&verdict.phase, frozen) {
         (Phase::Paused, true) => Some(Kept::MemoryAndFiles),
+        (Phase::Terminating, _) if matches!(next, Next::Settled { state: State::Retained, .. }) => Some(Kept::Files),
         (Phase::Paused | Phase::Stopped, _) => Some(Kept::Files),
         _ => None,
     };
@@ -122,6 +132,12 @@ pub fn report(
         kept,
         network,
         resources,
+        rollback: record.and_then(|record| record.rollback.clone()).map(|id| RollbackStatus {
+            id,
+            version: None,
+            replaced_by_version: None,
+            completed_at: None,
+        }),
         ..BotContainerStatus::default()
     };
     let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
@@ -143,6 +159,11 @@ pub fn report(
         say(ConditionType::ImageReady, value, reason, &message);
         let (value, reason, message) = network_ready(desired, observed, verdict.phase, trouble);
         say(ConditionType::NetworkReady, value, reason, &message);
+    }
+    if let Goal::Refused { refusal, .. } = &desired.goal
+        && refusal.reason == Reason::SnapshotsUnsupported
+    {
+        say(ConditionType::Restored, Some(false), refusal.reason, &refusal.message);
     }
     if verdict.ready == Some(false) {
         if verdict.stalled {
@@ -168,6 +189,39 @@ fn unclear(observed: &Observed, record: Option<&Record>) -> Option<&'static str>
     }
 }
 
+/// How often the process ended, and of what; the longest part comes last, since it may be cut.
+fn crash_loop(record: &Record) -> String {
+    let (failures, wait) = (record.failures, super::record::backoff(record.failures).as_secs());
+    let again = format!("it is started again {wait} s after its end");
+    let Some(last) = &record.last else { return again };
+    let words = last.message.lines().last().map_or(String::new(), |line| format!("; its last words: {line}"));
+    match Reason::parse(&last.reason) {
+        Some(Reason::StartError) => format!(
+            "the process could not be started {failures} times in a row; it is tried again {wait} s after that: {}",
+            last.message
+        ),
+        Some(reason @ (Reason::OOMKilled | Reason::TaskLost)) => format!(
+            "the process ended by itself {failures} times in a row, last with exit code {} ({reason}); {again}{words}",
+            last.code
+        ),
+        _ => format!(
+            "the process ended by itself {failures} times in a row, last with exit code {}; {again}{words}",
+            last.code
+        ),
+    }
+}
+
+/// A rollback that is asked for and can't be done: the bot is as it was, and must not be told to be as asked.
+fn unserved(desired: &Desired, record: Option<&Record>) -> Option<String> {
+    let (asked, record) = (desired.rollback.as_ref()?, record?);
+    (record.rollback.as_ref() != Some(asked)).then(|| {
+        format!(
+            "spec.rollback {asked:?} can't be done: this Berth takes no snapshots yet, so there is no version to go back to; \
+             remove spec.rollback"
+        )
+    })
+}
+
 fn judge(
     desired: &Desired,
     observed: &Observed,
@@ -177,8 +231,14 @@ fn judge(
 ) -> Verdict {
     let live = matches!(observed.task, Task::Running { .. } | Task::Paused { .. });
     let ordered = record.is_some_and(|record| record.stop_ordered.is_some()) && live;
-    if let Goal::Gone { .. } = desired.goal {
+    if let Goal::Gone { .. } | Goal::Retained { .. } = desired.goal {
         return match (next, trouble) {
+            (Next::Settled { state: State::Retained, .. }, _) => Verdict::stalled(
+                Phase::Terminating,
+                Reason::SnapshotsUnsupported,
+                "deletionPolicy is Retain, and this Berth can't make a kept version of the bot yet, so its files stay here as \
+                 they are; set spec.deletionPolicy to Delete to let them go",
+            ),
             (Next::Settled { state: State::Removed, .. }, _) => Verdict::working(
                 Phase::Terminating,
                 Reason::Removed,
@@ -200,7 +260,10 @@ fn judge(
             _ if !trouble.retryable => Phase::Failed,
             _ => Phase::BackOff,
         };
-        return if trouble.retryable {
+        return if phase == Phase::BackOff && is_pull(trouble.reason) {
+            // As kubelet has it; the cause is the reason of ImageReady.
+            Verdict::working(phase, Reason::ImagePullBackOff, format!("{}: {}", trouble.reason, trouble.message))
+        } else if trouble.retryable {
             Verdict::working(phase, trouble.reason, &trouble.message)
         } else {
             Verdict::stalled(phase, trouble.reason, &trouble.message)
@@ -255,7 +318,9 @@ fn judge(
             _ => Verdict::working(Phase::Starting, Reason::Starting, "the process is being started"),
         },
         Next::Settled { state, .. } => match state {
-            State::Removed => Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left"),
+            State::Removed | State::Retained => {
+                Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left")
+            }
             State::Running => Verdict::ready(Phase::Running, Reason::AsAsked, "the process runs as asked"),
             State::Paused { kept: Kept::MemoryAndFiles, .. } => {
                 Verdict::ready(Phase::Paused, Reason::Paused, "frozen as asked; memory and files are kept")
@@ -295,17 +360,7 @@ fn judge(
                 )
             }
             State::BackOff => {
-                let (code, failures) =
-                    record.map_or((0, 0), |record| (record.last.as_ref().map_or(0, |last| last.code), record.failures));
-                let wait = super::record::backoff(failures).as_secs();
-                Verdict::working(
-                    Phase::BackOff,
-                    Reason::CrashLoopBackOff,
-                    format!(
-                        "the process ended by itself {failures} times in a row, last with exit code {code}; \
-                         it is started again {wait} s after its end"
-                    ),
-                )
+                Verdict::working(Phase::BackOff, Reason::CrashLoopBackOff, record.map_or_else(String::new, crash_loop))
             }
             State::Refused(refusal) => Verdict::stalled(phase_of_task, refusal.reason, &refusal.message),
             State::Foreign { why } => Verdict::stalled(
@@ -361,6 +416,11 @@ fn image_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>
     }
 }
 
+/// Whether a reason speaks of a pull that failed: not of an image that may not be pulled, or whose name is none.
+fn is_pull(reason: Reason) -> bool {
+    is_image(reason) && !matches!(reason, Reason::InvalidImageName | Reason::ErrImageNeverPull)
+}
+
 /// Whether a reason speaks of the image.
 pub fn is_image(reason: Reason) -> bool {
     matches!(
@@ -408,7 +468,12 @@ fn network_ready(
             }
             _ if matches!(
                 phase,
-                Phase::Stopped | Phase::Stopping | Phase::Succeeded | Phase::Failed | Phase::Paused
+                Phase::Stopped
+                    | Phase::Stopping
+                    | Phase::Succeeded
+                    | Phase::Failed
+                    | Phase::Paused
+                    | Phase::Terminating
             ) && !matches!(observed.task, Task::Running { .. } | Task::Paused { .. }) =>
             {
                 (Some(false), Reason::Stopped, "there is no process, so there is no network".into())

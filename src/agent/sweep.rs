@@ -233,6 +233,8 @@ impl Orphan {
             name: owner.name.clone(),
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
+            rollback: None,
+            scheduled: false,
             goal: Goal::Gone { grace: GRACE },
         };
         let deadline = Instant::now() + GRACE * 3 + LEFTOVERS * 3;

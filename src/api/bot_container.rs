@@ -242,7 +242,7 @@ pub struct NetworkSpec {
     /// Bridge, Host or None. Immutable once placed.
     #[serde(default)]
     pub mode: NetworkMode,
-    /// A DNS label. Default: the name of this object, cut to 63 characters.
+    /// A DNS label. Default: the name of this object, cut to 63 characters. With mode Host the node's counts, as in a Pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hostname: Option<String>,
 }
@@ -538,7 +538,7 @@ pub struct LineageEntry {
 pub struct Transition {
     /// Counts up from 1, without gaps.
     pub seq: i64,
-    /// created, scheduled, pulled, started, stopped, paused, resumed, exited, oom_killed, deleted …
+    /// created, started, exited, oom_killed, paused, resumed, stopped or deleted; more may come.
     #[serde(rename = "type")]
     pub type_: String,
     /// When.

@@ -143,11 +143,15 @@ const IMAGE: &str = concat!(
     r"|\[[a-fA-F0-9:]+\])(:[0-9]+)?/)?",
     r"[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+(([.]|_|__|-+)[a-z0-9]+)*)*",
     r"(:[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?",
-    r"(@[A-Za-z][A-Za-z0-9]*([-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{32,})?$",
+    // Of its digests the one that containerd's content store of every version computes.
+    r"(@sha256:[0-9a-f]{64})?$",
 );
 
 // A path from the root, each component at least one character, none of them `.` or `..`, nothing that breaks a line.
 const CLEAN_PATH: &str = r"self.matches(r'^(/[^/\x00-\x1f\x7f]+)+$') && !self.matches(r'/[.][.]?(/|$)')";
+// NAME_MAX of Linux is 255 bytes; to count bytes would cost more than a CRD's rules may in all.
+const SHORT_NAMES: &str = "!self.matches('[^/]{256}')";
+const NAMES: &str = "must have no name between its slashes that is longer than 255 characters: no file system takes more than 255 bytes";
 const OUTSIDE_KERNEL: &str = r"!self.matches(r'^/(proc|sys|dev)(/|$)')";
 
 // Linux capabilities up to 6.18 and ALL, as a Pod writes them: capabilities(7) without CAP_.
@@ -237,8 +241,9 @@ fn identity() -> Vec<Rule> {
             "a bot keeps its identity: to run as another bot create another BotContainer",
         ),
         bot("image-reference", "spec.image")
-            .must(matches(IMAGE))
-            .or("must be an image reference: [registry[:port]/]repository[:tag][@digest], the repository in lower case, no spaces, no scheme; for example docker.io/library/node:22"),
+            // 64 hex digits alone are an image's id.
+            .must(format!("{} && !self.matches('^[0-9a-f]{{64}}([:@]|$)')", matches(IMAGE)))
+            .or("must be an image reference: [registry[:port]/]repository[:tag][@sha256:digest], the repository in lower case, no spaces, no scheme; for example docker.io/library/node:22"),
         object_name(Kind::BotContainer, "pull-secret-name", "spec.imagePullSecrets[].name", "a Secret"),
     ]
 }
@@ -255,12 +260,16 @@ fn process() -> Vec<Rule> {
     };
     vec![
         bot("command-nul", "spec.command[]").must(NO_NUL).or(NUL),
+        bot("command-program", "spec.command")
+            .must("self.size() == 0 || self[0] != ''")
+            .or("must begin with the path or name of a program, not with an empty text"),
         total("command-total", "spec.command", "command"),
         bot("args-nul", "spec.args[]").must(NO_NUL).or(NUL),
         total("args-total", "spec.args", "args"),
         bot("working-dir-absolute", "spec.workingDir")
             .must(r"self.startsWith('/') && !self.contains('\u0000')")
             .or("must be an absolute path, for example /data; leave it out for the image's own"),
+        bot("working-dir-names", "spec.workingDir").must(SHORT_NAMES).or(NAMES),
         bot("env-name", "spec.env[].name")
             .must(matches(ENV_NAME))
             .or("must be one or more printable ASCII characters other than '='"),
@@ -421,9 +430,10 @@ fn resources() -> Vec<Rule> {
 
 fn security() -> Vec<Rule> {
     let capability = |name, at: &'static str| {
-        bot(name, at).must(format!("self in {CAPABILITIES}")).or(
-            "must be ALL or a capability of Linux in capitals and without CAP_, as in a Pod, for example NET_BIND_SERVICE",
-        )
+        // In either case, as container runtimes take them of a Pod: `drop: [all]` is in many a manifest.
+        bot(name, at)
+            .must(format!("self.upperAscii() in {CAPABILITIES}"))
+            .or("must be ALL or a capability of Linux without CAP_, as in a Pod, for example NET_BIND_SERVICE")
     };
     let profile_type = |name, at: &'static str| {
         bot(name, at)
@@ -437,7 +447,16 @@ fn security() -> Vec<Rule> {
             .or("must be set when type is Localhost, and only then")
             .says("self.type == 'Localhost' ? 'must be set when type is Localhost' : 'must not be set when type is ' + self.type + '; only Localhost takes one'")
     };
+    let selinux = |name, at: &'static str, marks: &str| {
+        bot(name, at)
+            .must(format!("self.matches('^[A-Za-z0-9_.,{marks}-]*$')"))
+            .or("must be one part of an SELinux label: letters, digits, '_', '.', ',' and '-', in a level also ':'")
+    };
     vec![
+        selinux("selinux-level", "spec.securityContext.seLinuxOptions.level", ":"),
+        selinux("selinux-role", "spec.securityContext.seLinuxOptions.role", ""),
+        selinux("selinux-type", "spec.securityContext.seLinuxOptions.type", ""),
+        selinux("selinux-user", "spec.securityContext.seLinuxOptions.user", ""),
         bot("privileged-escalates", "spec.securityContext")
             .must("!(self.?privileged.orValue(false) && !self.?allowPrivilegeEscalation.orValue(true))")
             .names(".allowPrivilegeEscalation")
@@ -571,7 +590,12 @@ fn data() -> Vec<Rule> {
             "the writable layer lies in it: take a BotSnapshot and restore it into another BotContainer",
         ),
         bot("data-path-clean", "spec.data.path").must(CLEAN_PATH).or(PATH),
+        bot("data-path-names", "spec.data.path").must(SHORT_NAMES).or(NAMES),
         bot("data-path-kernel", "spec.data.path").must(OUTSIDE_KERNEL).or(KERNEL),
+        // A directory there would have a file mounted on it, which no runtime can.
+        bot("data-path-own-files", "spec.data.path")
+            .must(r"!self.matches(r'^/etc/(hosts|hostname|resolv[.]conf|localtime)(/|$)')")
+            .or("must not be /etc/hosts, /etc/hostname, /etc/resolv.conf or /etc/localtime, nor below: Berth mounts files there"),
         bot("data-path-immutable", "spec.data.path")
             .must("self == oldSelf")
             .or("is immutable: the data lies there")
@@ -616,6 +640,7 @@ fn data() -> Vec<Rule> {
             .must(format!("{sum} <= 262144"))
             .or("skills must not be larger than 262144 bytes in all; write large ones into the bot's data at run time"),
         bot("file-path-clean", "spec.files[].path").must(CLEAN_PATH).or(PATH),
+        bot("file-path-names", "spec.files[].path").must(SHORT_NAMES).or(NAMES),
         bot("file-path-kernel", "spec.files[].path").must(OUTSIDE_KERNEL).or(KERNEL),
         bot("file-one-source", "spec.files[]")
             .must("[has(self.content), has(self.secretKeyRef), has(self.configMapKeyRef)].filter(set, set).size() == 1")

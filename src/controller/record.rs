@@ -63,6 +63,9 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
     let object = format!("BotRecord {namespace}/{id}");
     let api: Api<BotRecord> = Api::namespaced(context.client.clone(), &namespace);
     let holder = Holder { name: bot.name_any(), uid: bot.uid().unwrap_or_default() };
+    // A rollback that is there at creation counts as done, also where the object goes on from another's record.
+    let done = bot.status.as_ref().and_then(|s| s.rollback.as_ref()).map(|r| r.id.clone());
+    let done = done.or_else(|| bot.spec.rollback.as_ref().map(|r| r.id.clone()));
     let written = match before {
         None => {
             let spec = BotRecordSpec {
@@ -70,13 +73,7 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
                 holder: Some(holder),
                 node_name: Some(node.to_owned()),
                 last_version: bot.status.as_ref().and_then(|s| s.last_version).unwrap_or(0),
-                last_rollback_id: bot
-                    .status
-                    .as_ref()
-                    .and_then(|s| s.rollback.as_ref())
-                    .map(|r| r.id.clone())
-                    // A rollback that is there at creation counts as done.
-                    .or_else(|| bot.spec.rollback.as_ref().map(|r| r.id.clone())),
+                last_rollback_id: done,
             };
             let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
             context.write(STEP, &object, api.create(&params, &BotRecord::new(&id, spec))).await
@@ -85,10 +82,14 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
             if let Some(old) = record.spec.holder.as_ref().filter(|old| old.uid != holder.uid) {
                 ensure_gone(context, &namespace, old).await?;
             }
-            let body = json!({
+            let anew = record.spec.holder.as_ref().is_none_or(|old| old.uid != holder.uid);
+            let mut body = json!({
                 "metadata": {"uid": record.uid(), "resourceVersion": record.resource_version()},
                 "spec": {"holder": holder, "nodeName": node},
             });
+            if let (true, Some(done)) = (anew, done) {
+                body["spec"]["lastRollbackId"] = json!(done);
+            }
             context.write(STEP, &object, api.patch(&id, &super::merge_params(), &Patch::Merge(&body))).await
         }
     };

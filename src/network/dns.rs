@@ -182,7 +182,7 @@ fn add(conf: &mut ResolvConf, config: &PodDNSConfig, warnings: &mut Vec<DnsWarni
     for option in config.options.iter().flatten() {
         let name = option.name.as_deref().unwrap_or_default();
         let value = option.value.as_deref().unwrap_or_default();
-        if !is_word(name) || name.contains(':') || !(value.is_empty() || is_word(value)) {
+        if !is_word(name) || !(value.is_empty() || is_word(value)) {
             bad("options", &format!("{name}:{value}"), "option of resolv.conf");
         } else if value.is_empty() {
             set_option(&mut conf.options, name.to_owned());

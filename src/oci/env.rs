@@ -406,7 +406,7 @@ pub struct Surroundings<'a> {
 }
 
 /// The environment as the runtime gets it, `NAME=VALUE`. Each layer goes over the one before: defaults (PATH, HOSTNAME,
-/// HOME, TERM), the image's, `spec.timezone`, the bot's.
+/// HOME), the image's, `spec.timezone`, the bot's.
 ///
 /// An entry of the image without name or `=` means nothing and is left out: runc would refuse to start.
 pub fn process_env(
@@ -418,7 +418,6 @@ pub fn process_env(
     variables.set("PATH", DEFAULT_PATH.to_owned());
     variables.set("HOSTNAME", surroundings.hostname.to_owned());
     variables.set("HOME", surroundings.home.unwrap_or("/").to_owned());
-    variables.set("TERM", "xterm".to_owned());
     for (name, value) in image.iter().filter_map(|entry| entry.split_once('=')).filter(|(name, _)| !name.is_empty()) {
         variables.set(name, value.to_owned());
     }

@@ -108,6 +108,21 @@ impl RootError {
         }
     }
 
+    /// Whether it speaks of this path or of one above it.
+    pub fn is_on(&self, path: &str) -> bool {
+        match self {
+            Self::BadPath { path: here } => *here == shown(path),
+            Self::NotADirectory { path: here, .. }
+            | Self::NotAFile { path: here, .. }
+            | Self::TooLarge { path: here, .. }
+            | Self::TooManyLinks { path: here }
+            | Self::LeadsOut { path: here, .. }
+            | Self::Io { path: here, .. } => {
+                path.strip_prefix(here.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+        }
+    }
+
     fn io(call: &'static str, path: &str, errno: Errno) -> Self {
         Self::Io { call, path: path.to_owned(), source: errno.into() }
     }

@@ -183,6 +183,10 @@ fn identity() -> Vec<Case> {
                     "../node",
                     "node\n",
                     "-node",
+                    &digest.to_uppercase().replace("NODE@SHA256", "node@sha256"),
+                    &digest.replace("sha256", "sha512"),
+                    &digest[.."node@sha256:".len() + 63],
+                    &digest["node@sha256:".len()..],
                 ]
                 .map(image),
                 "spec.image",
@@ -201,7 +205,17 @@ fn process() -> Vec<Case> {
         source(json!({"resourceFieldRef": {"resource": resource, "divisor": divisor}}))
     };
     vec![
-        bot("command-nul").takes(json!({"command": ["", "ä\n"]})).refuses(
+        bot("command-program").takes_all([json!({"command": []}), json!({"command": ["sh", ""]})]).refuses_all(
+            [json!({"command": [""]}), json!({"command": ["", "sh"]})],
+            "spec.command",
+            "must begin with the path or name of a program",
+        ),
+        bot("working-dir-names").takes(json!({"workingDir": format!("/{}", text(255))})).refuses_all(
+            [json!({"workingDir": format!("/{}", text(256))}), json!({"workingDir": format!("/a/{}/b", "ä".repeat(256))})],
+            "spec.workingDir",
+            "longer than 255 characters",
+        ),
+        bot("command-nul").takes(json!({"command": ["sh", "", "ä\n"]})).refuses(
             json!({"command": ["sh", "a\u{0}b"]}),
             "spec.command[1]",
             "must not contain a NUL",
@@ -484,7 +498,20 @@ fn security() -> Vec<Case> {
     let seccomp = |p: Value| json!({"securityContext": {"seccompProfile": p}});
     let apparmor = |p: Value| json!({"securityContext": {"appArmorProfile": p}});
     let types = "must be RuntimeDefault, Localhost or Unconfined";
+    let selinux = |rule, field: &'static str, part: &str| {
+        let label = |v: &str| json!({"securityContext": {"seLinuxOptions": {part: v}}});
+        let (good, bad) = if part == "level" { ("s0-s0:c123,c456", "a/b") } else { ("container_t", "a:b") };
+        bot(rule).takes_all(["", good].map(label)).refuses_all(
+            [bad, "a b", "a\n", "ä", "a;b"].map(label),
+            field,
+            "must be one part of an SELinux label",
+        )
+    };
     vec![
+        selinux("selinux-level", "spec.securityContext.seLinuxOptions.level", "level"),
+        selinux("selinux-role", "spec.securityContext.seLinuxOptions.role", "role"),
+        selinux("selinux-type", "spec.securityContext.seLinuxOptions.type", "type"),
+        selinux("selinux-user", "spec.securityContext.seLinuxOptions.user", "user"),
         bot("privileged-escalates")
             .takes_all([
                 with(json!({"privileged": true})),
@@ -508,17 +535,21 @@ fn security() -> Vec<Case> {
                 "must not be 0 when runAsNonRoot is true",
             ),
         bot("capability-add")
-            .takes(with(json!({"capabilities": {"add": ["NET_BIND_SERVICE", "SYS_PTRACE", "ALL"]}})))
+            .takes(with(json!({"capabilities": {"add": ["NET_BIND_SERVICE", "SYS_PTRACE", "ALL", "net_admin"]}})))
             .refuses_all(
-                ["CAP_NET_ADMIN", "net_admin", "NET_ADMN", ""].map(|c| with(json!({"capabilities": {"add": [c]}}))),
+                ["CAP_NET_ADMIN", "cap_net_admin", "NET_ADMN", "NET ADMIN", "ALL\n", ""]
+                    .map(|c| with(json!({"capabilities": {"add": [c]}}))),
                 "spec.securityContext.capabilities.add[0]",
                 "must be ALL or a capability of Linux",
             ),
-        bot("capability-drop").takes(with(json!({"capabilities": {"drop": ["ALL"]}}))).refuses_all(
-            ["all", "CAP_CHOWN"].map(|c| with(json!({"capabilities": {"drop": [c]}}))),
-            "spec.securityContext.capabilities.drop[0]",
-            "must be ALL or a capability of Linux",
-        ),
+        // Many manifests have it in small letters, and a Pod's runtime takes them.
+        bot("capability-drop")
+            .takes_all(["ALL", "all"].map(|c| with(json!({"capabilities": {"drop": [c]}}))))
+            .refuses_all(
+                ["any", "CAP_CHOWN"].map(|c| with(json!({"capabilities": {"drop": [c]}}))),
+                "spec.securityContext.capabilities.drop[0]",
+                "must be ALL or a capability of Linux",
+            ),
         bot("proc-mount").takes(with(json!({"procMount": "Default"}))).refuses_all(
             [with(json!({"procMount": "Unmasked"})), with(json!({"procMount": "x"}))],
             "spec.securityContext.procMount",
@@ -850,6 +881,16 @@ fn data() -> Vec<Case> {
             "spec.data.path",
             "must not be under /proc, /sys or /dev",
         ),
+        bot("data-path-own-files").takes_all(["/etc", "/etc/hosts.d", "/etc/bot"].map(path)).refuses_all(
+            ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/etc/localtime", "/etc/hosts/data"].map(path),
+            "spec.data.path",
+            "Berth mounts files there",
+        ),
+        bot("data-path-names").takes(path(&format!("/{}/{0}", "a".repeat(255)))).refuses_all(
+            [path(&format!("/a/{}", "a".repeat(256))), path(&format!("/{}/b", "ä".repeat(256)))],
+            "spec.data.path",
+            "longer than 255 characters",
+        ),
         bot("data-path-immutable")
             .from(json!({"spec": {"data": {"path": "/bot"}}}))
             .takes(json!({"image": "other"}))
@@ -995,6 +1036,11 @@ fn files_and_skills() -> Vec<Case> {
         bot("file-path-clean")
             .takes_all(["/a", "/etc/bot.toml", "/data/.env", "/etc/a b"].map(file))
             .refuses_all(UNCLEAN.map(file), "spec.files[0].path", "must be an absolute path other than '/'"),
+        bot("file-path-names").takes(file(&format!("/{}/{0}", "a".repeat(255)))).refuses_all(
+            [file(&format!("/a/{}", "a".repeat(256))), file(&format!("/{}/b", "ä".repeat(256)))],
+            "spec.files[0].path",
+            "longer than 255 characters",
+        ),
         bot("file-path-kernel")
             .takes(file("/etc/proc"))
             .refuses_all(KERNEL.map(file), "spec.files[0].path", "must not be under /proc, /sys or /dev"),

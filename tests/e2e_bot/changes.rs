@@ -76,6 +76,8 @@ async fn what_costs_nothing_leaves_the_process_alone() {
         assert_eq!(life(pid(&after)), process, "{what}");
         assert_eq!(says(&after, ConditionType::Ready), Some(("True", "AsAsked")), "{what}: {}", summary(&after));
         assert_eq!(status(&after).task, status(&before).task, "{what}");
+        let warned = message(&after, ConditionType::Ready).contains("spec.snapshotPolicy.schedule has no effect");
+        assert_eq!(warned, after.spec.snapshot_policy.is_some(), "{what}: backups that are not made are no secret");
     }
     // Labels are not even a new generation.
     stage.cluster.kubectl(["label", "-n", stage.ns.name(), "bot/web", "team=a"]);
@@ -208,4 +210,50 @@ async fn skills_come_and_go_in_the_data_of_a_live_bot() {
     std::fs::remove_file(&skills).unwrap();
     let mended = stage.says("web", Phase::Running, "AsAsked").await;
     assert!(std::fs::read_to_string(file(&mended, "search")).unwrap().ends_with("three\n"));
+}
+
+/// `restartedAt` and `rollback` that are there at creation count as done, and of `restartedAt` only a new value counts: to take
+/// it away restarted the bot once more, so that a tool that prunes fields it did not write cost a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_are_carried_out_once_and_only_new_ones() {
+    let stage = Stage::set("orders").await;
+    let made = bot("web").sh(WAITS).with(|spec| {
+        spec.restarted_at = serde_json::from_value(json!("2026-11-24T10:00:00Z")).unwrap();
+        spec.rollback = serde_json::from_value(json!({"id": "one", "toVersion": 3})).unwrap();
+    });
+    let first = stage.runs(made).await;
+    let process = life(pid(&first));
+    let happened = |bot: &BotContainer| status(bot).transitions.iter().map(|t| t.type_.clone()).collect::<Vec<_>>();
+    assert_eq!(happened(&first), ["created", "started"]);
+    assert_eq!(status(&first).rollback.as_ref().unwrap().id, "one");
+    for (what, at) in [
+        ("taken away", Value::Null),
+        ("set again", json!("2026-11-24T10:00:00Z")),
+        ("the same in other words", json!("2026-11-24T11:00:00.0+01:00")),
+    ] {
+        let after = stage.edited("web", json!({"restartedAt": at}), Phase::Running).await;
+        assert_eq!(life(pid(&after)), process, "{what}: {}", summary(&after));
+        assert_eq!(says(&after, ConditionType::Ready), Some(("True", "AsAsked")), "{what}: {}", summary(&after));
+    }
+    let anew = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:01Z"}), Phase::Running).await;
+    assert_ne!(status(&anew).task, status(&first).task, "{}", summary(&anew));
+    let process = life(pid(&anew));
+
+    // A new rollback can't be done yet. That was passed over in silence.
+    for phase in [Phase::Running, Phase::Stopped] {
+        stage
+            .edit("web", json!({"operatingMode": format!("{phase:?}"), "rollback": {"id": "two", "toVersion": 3}}))
+            .await;
+        let told = stage.says("web", phase, "SnapshotsUnsupported").await;
+        let words = message(&told, ConditionType::Ready);
+        assert!(words.contains("spec.rollback") && words.contains("two"), "{words}");
+        assert_eq!(says(&told, ConditionType::Stalled).unwrap().0, "True");
+        assert_eq!(status(&told).rollback.as_ref().unwrap().id, "one", "what was not done is not claimed");
+        if phase == Phase::Running {
+            assert_eq!(life(pid(&told)), process);
+            stage.told_once("web", "SnapshotsUnsupported").await;
+        }
+        let mended = stage.edited("web", json!({"rollback": null}), phase).await;
+        assert_eq!(says(&mended, ConditionType::Ready).unwrap().0, "True", "{}", summary(&mended));
+    }
 }

@@ -45,7 +45,7 @@ async fn a_missing_image_is_told_and_mended_by_an_edit_or_a_push() {
         stage.apply(bot(name).image(&missing)).await;
     }
     for name in ["edited", "pushed"] {
-        let waits = stage.says(name, Phase::BackOff, "ImageNotFound").await;
+        let waits = stage.says(name, Phase::BackOff, "ImagePullBackOff").await;
         assert_eq!(says(&waits, ConditionType::ImageReady), Some(("False", "ImageNotFound")), "{}", summary(&waits));
         assert!(message(&waits, ConditionType::Ready).contains(&missing), "{}", summary(&waits));
         assert!(stage.told_once(name, "ImageNotFound").await.contains(&missing));
@@ -70,11 +70,11 @@ async fn a_bot_whose_image_is_missing_is_stopped_paused_and_deleted_all_the_same
     let before = stage.warmed().await;
     let missing = format!("{}/berth/none:1", stage.cluster.env("BERTH_REGISTRY"));
     stage.apply(bot("web").image(&missing)).await;
-    stage.says("web", Phase::BackOff, "ImageNotFound").await;
+    stage.says("web", Phase::BackOff, "ImagePullBackOff").await;
     let stopped = stage.edited("web", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
     assert_eq!(says(&stopped, ConditionType::Ready).unwrap().0, "True");
     stage.edit("web", json!({"operatingMode": "Running"})).await;
-    stage.says("web", Phase::BackOff, "ImageNotFound").await;
+    stage.says("web", Phase::BackOff, "ImagePullBackOff").await;
     stage.ns.delete("web", SOON).await;
     stage.agent.nothing_left_since(&before, SOON).await;
 }
@@ -100,7 +100,7 @@ async fn names_that_are_none_and_registries_that_are_away_are_told() {
     }
     // Nobody listens on port 1.
     stage.apply(bot("away").image("127.0.0.1:1/berth/bot:1")).await;
-    let waits = stage.says("away", Phase::BackOff, "RegistryUnavailable").await;
+    let waits = stage.says("away", Phase::BackOff, "ImagePullBackOff").await;
     assert_eq!(says(&waits, ConditionType::ImageReady).unwrap(), ("False", "RegistryUnavailable"));
 }
 
@@ -230,17 +230,17 @@ async fn a_registry_that_asks_for_a_login_gets_the_pull_secrets() {
         bot.image(&image).with(|spec| spec.image_pull_secrets = serde_json::from_value(named).unwrap())
     };
     stage.apply(with(bot("web"), &[])).await;
-    let refused = stage.says("web", Phase::BackOff, "ImageAuthFailed").await;
+    let refused = stage.says("web", Phase::BackOff, "ImagePullBackOff").await;
     assert_eq!(says(&refused, ConditionType::ImageReady), Some(("False", "ImageAuthFailed")), "{}", summary(&refused));
     assert!(message(&refused, ConditionType::Ready).contains(&registry.address), "{}", summary(&refused));
     stage.told_once("web", "ImageAuthFailed").await;
 
     // A Secret that is not there yet is passed over, as for Pods; one with a wrong password is of no help.
     stage.apply(with(bot("web"), &["registry"])).await;
-    stage.says("web", Phase::BackOff, "ImageAuthFailed").await;
+    stage.says("web", Phase::BackOff, "ImagePullBackOff").await;
     pull_secret(&stage, "registry", &registry.address, "wr0ng").await;
     stage.edit("web", json!({"terminationGracePeriodSeconds": 1})).await;
-    let refused = stage.says("web", Phase::BackOff, "ImageAuthFailed").await;
+    let refused = stage.says("web", Phase::BackOff, "ImagePullBackOff").await;
     // Mended without an edit of the bot.
     pull_secret(&stage, "registry", &registry.address, "s3cret").await;
     let web = stage.ns.ready("web", SOON).await;

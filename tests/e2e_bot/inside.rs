@@ -203,6 +203,8 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
     let asked = stage.runs(with(asks("asked", script), asked)).await;
     let seen = said(&asked).await;
     assert_eq!(seen.lines().next(), Some("ada"), "{seen}");
+    // The image has no tz database of its own.
+    assert!(seen.lines().any(|l| ["CET", "CEST"].contains(&l)), "{seen}");
     for line in ["TZ=Europe/Berlin", "nameserver 192.0.2.53", "search example.com", "options ndots:2"] {
         assert!(seen.lines().any(|l| l == line), "{line:?} is missing: {seen}");
     }
@@ -218,7 +220,11 @@ async fn host_name_time_zone_and_dns_are_as_asked() {
     }
     assert!(!seen.contains("10.96.0.10"), "{seen}");
 
-    stage.apply(with(bot("lost"), json!({"timezone": "Europe/Atlantis"}))).await;
+    for name in ["leapseconds", "Europe/Atlantis"] {
+        stage.apply(with(bot("lost"), json!({"timezone": name}))).await;
+        let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;
+        assert!(message(&failed, ConditionType::Ready).contains(name), "{}", summary(&failed));
+    }
     let failed = stage.says("lost", Phase::Failed, "InvalidSpec").await;
     let words = message(&failed, ConditionType::Ready);
     assert!(words.contains("spec.timezone") && words.contains("Europe/Atlantis"), "{words}");
@@ -262,4 +268,122 @@ async fn a_bot_is_confined_as_ctr_confines_the_same_image() {
     let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", pid(&web))).unwrap();
     let wanted = format!("{}/berth-{}", stage.agent.env("BERTH_CGROUP_PARENT"), uid(&web));
     assert!(cgroup.lines().any(|line| line.contains(":memory:") && line.ends_with(&wanted)), "{cgroup}");
+}
+
+/// What a bot's own env says of TZ went under `timezone`; a file at a place of ours ended as InvalidSpec; what the spec
+/// mounts could be written, and filled the tmpfs that all bots' files are on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_specs_own_words_and_files_go_before_berths() {
+    let stage = Stage::set("own").await;
+    let spec = json!({
+        "timezone": "Europe/Berlin",
+        "env": [{"name": "TZ", "value": "Asia/Tokyo"}],
+        "files": [
+            {"path": "/etc/hosts", "content": "127.0.0.1 mine\n"},
+            {"path": "/etc/bot.toml", "content": "a = 1\n"},
+        ],
+        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"add": ["SYS_ADMIN"], "drop": ["net_raw"]}},
+    });
+    let script = "echo TZ=$TZ; cat /etc/hosts; echo more >>/etc/bot.toml; echo more >>/etc/hostname; cat /etc/hostname; cat /proc/self/status";
+    let web = stage.runs(with(asks("web", script), spec)).await;
+    let seen = said(&web).await;
+    for line in ["TZ=Asia/Tokyo", "127.0.0.1 mine", "more", "NoNewPrivs:\t1", "CapEff:\t00000000a82405fb"] {
+        assert!(seen.lines().any(|l| l == line), "{line:?} is missing: {seen}");
+    }
+    assert!(seen.contains("Read-only file system"), "{seen}");
+    assert_eq!(std::fs::read_to_string(path_in(&web, "/etc/bot.toml")).unwrap(), "a = 1\n");
+    // What it may write is on the disk of its layer, a folder of its own, and goes with it.
+    let files = |dir| PathBuf::from(stage.agent.env(dir)).join("files").join(format!("berth-{}", uid(&web)));
+    let (own, run) = (files("BERTH_STATE_DIR"), files("BERTH_RUN_DIR"));
+    assert!(holds(&own, "more"));
+    assert!(!holds(&run, "more"));
+    // A file that leaves the spec does not stay on the node.
+    assert!(holds(&run, "a = 1"));
+    stage.edited("web", json!({"files": null}), Phase::Running).await;
+    assert!(!holds(&run, "a = 1"));
+    stage.ns.delete("web", SOON).await;
+    assert!(!own.exists() && !run.exists());
+
+    // As in a Pod: a read-only root takes Berth's own files along, and leaves the data.
+    let spec = json!({"securityContext": {"readOnlyRootFilesystem": true}});
+    let script = format!("for f in /etc/hosts /etc/resolv.conf /x /data/x; do echo x >>$f; done 2>/data/said; {WAIT}");
+    let strict = stage.runs(with(bot("strict").sh(&script), spec)).await;
+    let seen = read_in(&strict, "/data/said").await;
+    assert_eq!(seen.matches("Read-only file system").count(), 3, "{seen}");
+    assert_eq!(read_in(&strict, "/data/x").await, "x\n");
+}
+
+/// Nobody said what a bot's layer stands on.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_lineage_is_told_from_the_images_first_layer_to_the_active_one() {
+    let stage = Stage::set("lineage").await;
+    let web = stage.runs(bot("web")).await;
+    let lineage = &status(&web).lineage;
+    let (active, below) = lineage.split_last().unwrap();
+    assert_eq!((active.kind.as_str(), active.name.as_str()), ("Active", format!("berth-{}.1", uid(&web)).as_str()));
+    let images = stage.agent.ctr(["snapshots", "list"]);
+    let mut parent = None;
+    for layer in below {
+        assert_eq!((layer.kind.as_str(), layer.parent.as_ref()), ("Committed", parent));
+        assert!(images.contains(&layer.name), "{images}");
+        parent = Some(&layer.name);
+    }
+    assert!(parent.is_some() && active.parent.as_ref() == parent, "{lineage:?}");
+    assert!(lineage.iter().all(|layer| layer.created_at.is_some()), "{lineage:?}");
+    // A restart stands on the same.
+    let after = stage.edited("web", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
+    assert_eq!(&status(&after).lineage, lineage);
+}
+
+/// What no API server can know is told by the node: with the field, as a condition and an Event, and mended by an edit. A
+/// spec that was refused before any step was told by no Event.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_the_node_knows_is_told_with_its_field() {
+    let stage = Stage::set("fields").await;
+    let security = |more: Value| json!({"securityContext": more});
+    let cases = [
+        (json!({"data": {"path": "/bin/sh"}}), "InvalidSpec", "spec.data.path"),
+        (json!({"workingDir": "/proc/self"}), "InvalidSpec", "spec.workingDir"),
+        (json!({"timezone": "Europe/Atlantis"}), "InvalidSpec", "spec.timezone"),
+        (security(json!({"runAsNonRoot": true})), "InvalidSpec", "spec.securityContext.runAsNonRoot"),
+        (
+            security(json!({"seccompProfile": {"type": "Localhost", "localhostProfile": "no.json"}})),
+            "InvalidSpec",
+            "spec.securityContext.seccompProfile.localhostProfile",
+        ),
+        (
+            security(json!({"appArmorProfile": {"type": "Localhost", "localhostProfile": "no"}})),
+            "InvalidSpec",
+            "spec.securityContext.appArmorProfile",
+        ),
+        (
+            json!({"files": [{"path": "/x", "configMapKeyRef": {"name": "none", "key": "k"}}]}),
+            "ConfigNotFound",
+            "spec.files[0].configMapKeyRef",
+        ),
+        (json!({"envFrom": [{"secretRef": {"name": "none"}}]}), "ConfigNotFound", "spec.envFrom[0]"),
+        (json!({"restoreFrom": {"snapshotName": "none"}}), "SnapshotsUnsupported", "spec.restoreFrom"),
+    ];
+    for (i, (spec, ..)) in cases.iter().enumerate() {
+        stage.apply(with(bot(&format!("b{i}")), spec.clone())).await;
+    }
+    for (i, (spec, reason, field)) in cases.into_iter().enumerate() {
+        let name = format!("b{i}");
+        let told = stage
+            .ns
+            .until(&name, reason, SOON, |bot| {
+                bot.status.is_some() && says(bot, ConditionType::Ready) == Some(("False", reason))
+            })
+            .await;
+        assert!(message(&told, ConditionType::Ready).contains(field), "{spec}: {}", summary(&told));
+        stage.told_once(&name, reason).await;
+        let undo: serde_json::Map<_, _> = spec.as_object().unwrap().keys().map(|k| (k.clone(), Value::Null)).collect();
+        if !["data", "restoreFrom"].contains(&undo.keys().next().unwrap().as_str()) {
+            stage.edited(&name, undo.into(), Phase::Running).await;
+        }
+    }
+    assert_eq!(
+        says(&stage.ns.bots().get("b8").await.unwrap(), ConditionType::Restored),
+        Some(("False", "SnapshotsUnsupported"))
+    );
 }

@@ -1,13 +1,15 @@
 //! Deletion, orphans, strangers.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use berth::api::bot_container::Phase;
+use berth::api::bot_container::{DeletionPolicy, Kept, Phase};
+use berth::api::condition::ConditionType;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
-use crate::common::{SOON, bot, summary, wait_for};
-use crate::stage::{DEAF, Stage, alive, life, message, moment, page, pid, read_in, uid};
+use crate::common::{BotBuilder, SOON, bot, summary, wait_for};
+use crate::stage::{DEAF, Stage, alive, life, message, moment, page, pid, read_in, says, status, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {
@@ -177,12 +179,14 @@ async fn a_strangers_container_is_told_and_never_touched() {
     for id in [&id, other] {
         stage.agent.ctr(["run", "--detach", &image, id, "/bin/sleep", "1000000"]);
     }
-    let strangers = stage.agent.ctr(["tasks", "list"]);
+    // containerd lists tasks in no order.
+    let tasks = || -> BTreeSet<String> { stage.agent.ctr(["tasks", "list"]).lines().map(str::to_owned).collect() };
+    let strangers = tasks();
     stage.edit("web", json!({"operatingMode": "Running"})).await;
     let failed = stage.says("web", Phase::Failed, "ForeignContainer").await;
     assert!(message(&failed, berth::api::condition::ConditionType::Ready).contains(&id), "{}", summary(&failed));
     moment(Duration::from_secs(5)).await;
-    assert_eq!(stage.agent.ctr(["tasks", "list"]), strangers, "a stranger was touched");
+    assert_eq!(tasks(), strangers, "a stranger was touched");
 
     // The stranger leaves, by hand: the bot goes on, by itself or at the next edit.
     stage.agent.ctr(["tasks", "delete", "--force", &id]);
@@ -201,8 +205,13 @@ async fn what_an_outsider_breaks_is_made_good() {
     let web = stage.runs(bot("web")).await;
     page(&web).await;
     let id = format!("berth-{}", uid(&web));
-    // The task is killed and deleted behind our back.
-    stage.agent.ctr(["tasks", "delete", "--force", &id]);
+    // The task is killed and deleted behind our back. Where the agent sees the end sooner and deletes it first, `ctr` fails;
+    // that the process ended is seen below.
+    let outsider = |args: &[&str]| {
+        let mut ctr = stage.cluster.command("ctr");
+        ctr.args(["--namespace", stage.agent.env("BERTH_CONTAINERD_NAMESPACE")]).args(args).output().unwrap();
+    };
+    outsider(&["tasks", "delete", "--force", &id]);
     let again = stage
         .ns
         .until("web", "running again", SOON, |bot| {
@@ -220,7 +229,7 @@ async fn what_an_outsider_breaks_is_made_good() {
     let again = stage.ns.ready("web", SOON).await;
     page(&again).await;
     // Task and container gone: made anew, on the same layer.
-    stage.agent.ctr(["tasks", "delete", "--force", &id]);
+    outsider(&["tasks", "delete", "--force", &id]);
     stage.agent.ctr(["containers", "delete", "--keep-snapshot", &id]);
     let anew = stage
         .ns
@@ -231,4 +240,37 @@ async fn what_an_outsider_breaks_is_made_good() {
 
 fn pid_of(bot: &berth::api::BotContainer) -> Option<i64> {
     bot.status.as_ref()?.task.as_ref().map(|task| task.pid)
+}
+
+/// `deletionPolicy: Retain` promises the files, and they were removed like any others.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_to_be_retained_stays_until_the_policy_is_another() {
+    let stage = Stage::set("retain").await;
+    let before = stage.warmed().await;
+    let keep = |bot: BotBuilder| bot.with(|spec| spec.deletion_policy = DeletionPolicy::Retain);
+    let web = stage.runs(keep(bot("web"))).await;
+    stage.ready(keep(bot("idle").stopped())).await;
+    for name in ["web", "idle"] {
+        stage.ns.bots().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+    let told = stage.says("web", Phase::Terminating, "SnapshotsUnsupported").await;
+    assert_eq!(says(&told, ConditionType::Stalled).unwrap().0, "True", "{}", summary(&told));
+    assert!(message(&told, ConditionType::Ready).contains("spec.deletionPolicy"), "what helps: {}", summary(&told));
+    assert_eq!(status(&told).kept, Some(Kept::Files));
+    stage.told_once("web", "SnapshotsUnsupported").await;
+    assert!(!alive(pid(&web)));
+    let left = stage.agent.leaks();
+    let counts = ["tasks", "addresses", "containers", "snapshots"].map(|name| left.count(name) - before.count(name));
+    assert_eq!(counts, [0, 0, 1, 1], "what never ran has nothing to keep, what ran its files: {left:?}");
+    assert!(stage.ns.bots().get_opt("idle").await.unwrap().is_none());
+
+    stage.edit("web", json!({"deletionPolicy": "Delete"})).await;
+    wait_for("web gone", SOON, || async {
+        match stage.ns.bots().get_opt("web").await.unwrap() {
+            None => Ok(()),
+            Some(bot) => Err(summary(&bot)),
+        }
+    })
+    .await;
+    stage.agent.nothing_left_since(&before, SOON).await;
 }

@@ -34,9 +34,9 @@ pub fn ask() -> impl Strategy<Value = Ask> {
     (
         prop_oneof![
             4 => Just(Mode::Running), 3 => Just(Mode::Paused), 2 => Just(Mode::Stopped),
-            1 => Just(Mode::Refused), 2 => Just(Mode::Gone),
+            1 => Just(Mode::Refused), 2 => Just(Mode::Gone), 1 => Just(Mode::Retained),
         ],
-        (0..2u8, 0..2u8),
+        (0..2u8, 0..2u8, prop_oneof![2 => Just(0u8), 1 => 1..3u8]),
         0..2u8,
         prop_oneof![5 => Just(0u8), 1 => Just(1)],
         select(vec![RestartPolicy::Always, RestartPolicy::OnFailure, RestartPolicy::Never]),
@@ -44,11 +44,12 @@ pub fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![3 => Just(NetworkMode::Bridge), 1 => Just(NetworkMode::Host), 1 => Just(NetworkMode::None)],
         any::<bool>(),
     )
-        .prop_map(|(mode, (env, skill), cpu, image, policy, grace, network, address_in_env)| Ask {
+        .prop_map(|(mode, (env, skill, restarted), cpu, image, policy, grace, network, address_in_env)| Ask {
             mode,
             env,
             cpu,
             skill,
+            restarted,
             image,
             policy,
             grace,
@@ -94,6 +95,8 @@ pub fn record() -> impl Strategy<Value = Record> {
                 name: "web".into(),
                 bot_id: "web".into(),
                 hash: alive.hash,
+                restarted_at: alive.restarted_at,
+                rollback: None,
                 limits: match limits {
                     0 => String::new(),
                     1 => "not JSON".into(),
@@ -210,9 +213,9 @@ fn live(world: &mut World, events: &[Event], first: Ask) -> Desired {
                 continue;
             }
             Event::CutOff(effects) => world.cut_after = Some(effects),
-            // A deletion is never taken back.
-            Event::Apply(ask) if !gone => {
-                gone = ask.mode == Mode::Gone;
+            // A deletion is never taken back; its policy may be edited.
+            Event::Apply(ask) if !gone || matches!(ask.mode, Mode::Gone | Mode::Retained) => {
+                gone = matches!(ask.mode, Mode::Gone | Mode::Retained);
                 desired = ask.desired();
             }
             Event::Apply(_) => {}

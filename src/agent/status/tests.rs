@@ -270,6 +270,18 @@ fn rows() -> Vec<Row> {
             "Terminating | Ready=False Terminating | Running=True Running | - | Reconciling=True Terminating",
         ),
         row(
+            "Terminating: the files are to be kept, which can't be done yet",
+            ask_for(Mode::Retained),
+            put_away(Observed { task: Task::Absent, ..edited(|r| r.life = Life::Fresh) }),
+            "Terminating | Ready=False SnapshotsUnsupported | Running=False Stopped | Files | Stalled=True SnapshotsUnsupported",
+        ),
+        row(
+            "Terminating: there are no files to be kept",
+            ask_for(Mode::Retained),
+            nothing(),
+            "Terminating | Ready=False Removed | Running=False Removed | - | Reconciling=True Removed",
+        ),
+        row(
             "Terminating: nothing is left",
             ask_for(Mode::Gone),
             nothing(),

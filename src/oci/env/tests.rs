@@ -327,10 +327,10 @@ fn the_bots_variables_go_over_the_images_and_those_over_the_defaults() {
         process_env(&image, &Surroundings { hostname: "web", home: Some("/root"), timezone }, &pairs(bot)).unwrap()
     };
     let path = format!("PATH={DEFAULT_PATH}");
-    assert_eq!(process(&[], None, &[]), [path.as_str(), "HOSTNAME=web", "HOME=/root", "TERM=xterm"]);
+    assert_eq!(process(&[], None, &[]), [path.as_str(), "HOSTNAME=web", "HOME=/root"]);
     assert_eq!(
         process(&["PATH=/img", "A=image", "B=b=c", "HOME=/h", "nothing", "=x", ""], None, &[("A", "bot"), ("Z", "")]),
-        ["PATH=/img", "HOSTNAME=web", "HOME=/h", "TERM=xterm", "A=bot", "B=b=c", "Z="]
+        ["PATH=/img", "HOSTNAME=web", "HOME=/h", "A=bot", "B=b=c", "Z="]
     );
     assert!(process(&["TZ=UTC"], Some("Europe/Berlin"), &[]).contains(&"TZ=Europe/Berlin".to_owned()));
     assert!(process(&[], Some("Europe/Berlin"), &[("TZ", "Asia/Tokyo")]).contains(&"TZ=Asia/Tokyo".to_owned()));

@@ -13,7 +13,7 @@ use crate::agent::plan::{KILL_AGAIN, Next, State, plan};
 use crate::agent::record::{BACKOFF_MAX, Ending, Life, Record};
 use crate::agent::step::{Parts, Step};
 use crate::api::BotContainer;
-use crate::api::bot_container::{NetworkMode, RestartPolicy};
+use crate::api::bot_container::{DeletionPolicy, NetworkMode, RestartPolicy};
 use crate::api::condition::Reason;
 
 pub const UID: &str = "2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
@@ -29,6 +29,8 @@ pub struct Ask {
     pub env: u8,
     pub cpu: u8,
     pub skill: u8,
+    /// Second of `restartedAt`, 0 for none.
+    pub restarted: u8,
     pub image: u8,
     pub policy: RestartPolicy,
     pub grace: i64,
@@ -45,6 +47,8 @@ pub enum Mode {
     Refused,
     /// Has a deletionTimestamp.
     Gone,
+    /// The same, under `deletionPolicy: Retain`.
+    Retained,
 }
 
 impl Default for Ask {
@@ -54,6 +58,7 @@ impl Default for Ask {
             env: 0,
             cpu: 0,
             skill: 0,
+            restarted: 0,
             image: 0,
             policy: RestartPolicy::Always,
             grace: 10,
@@ -68,7 +73,7 @@ impl Ask {
         let mode = match self.mode {
             Mode::Paused => "Paused",
             Mode::Stopped => "Stopped",
-            Mode::Running | Mode::Refused | Mode::Gone => "Running",
+            Mode::Running | Mode::Refused | Mode::Gone | Mode::Retained => "Running",
         };
         let image = match self.mode {
             Mode::Refused => "No Image".to_owned(),
@@ -89,7 +94,14 @@ impl Ask {
             },
         }))
         .unwrap();
-        if self.mode == Mode::Gone {
+        if self.restarted > 0 {
+            bot.spec.restarted_at =
+                Some(crate::api::condition::api_time(Timestamp::from_second(self.restarted.into()).unwrap()));
+        }
+        if self.mode == Mode::Retained {
+            bot.spec.deletion_policy = DeletionPolicy::Retain;
+        }
+        if matches!(self.mode, Mode::Gone | Mode::Retained) {
             bot.metadata.deletion_timestamp = Some(crate::api::condition::api_time(Timestamp::UNIX_EPOCH));
         }
         bot
@@ -239,12 +251,15 @@ impl World {
         self.trace.push(format!("{next:?}"));
         match &desired.goal {
             Goal::Stopped { .. } => self.may_run_again = true,
-            Goal::Alive(alive) if self.record().is_some_and(|r| r.hash != alive.hash) => self.may_run_again = true,
+            Goal::Alive(alive) if self.record().is_some_and(|r| !r.is_for(alive)) => self.may_run_again = true,
             _ => {}
         }
         match &next {
             Next::Do(Step::Remove(parts)) if parts.layer => {
-                assert!(matches!(desired.goal, Goal::Gone { .. }), "a layer goes while the bot is to stay");
+                assert!(
+                    matches!(desired.goal, Goal::Gone { .. }),
+                    "a layer goes while the bot or its files are to stay"
+                );
             }
             Next::Do(Step::CreateTask { .. } | Step::StartAttempt) => {
                 assert!(matches!(desired.goal, Goal::Alive(_)), "a start that nobody asked for");
@@ -299,6 +314,13 @@ impl World {
             (Goal::Gone { .. }, container, State::Removed) => {
                 put_away && no_process && layer.is_none() && *container == Container::Absent
             }
+            (Goal::Retained { .. }, Container::Foreign { .. }, state) => {
+                put_away && *state == if layer.is_some() { State::Retained } else { State::Removed }
+            }
+            (Goal::Retained { .. }, _, State::Retained) => put_away && no_process && layer.is_some(),
+            (Goal::Retained { .. }, container, State::Removed) => {
+                put_away && no_process && layer.is_none() && *container == Container::Absent
+            }
             (_, Container::Foreign { .. }, state) => matches!(state, State::Foreign { .. }),
             (Goal::Stopped { .. }, _, State::Stopped) => {
                 put_away && no_process && record.is_none_or(|record| record.life == Life::Fresh)
@@ -310,7 +332,7 @@ impl World {
             }
             (Goal::Alive(alive), _, state) => {
                 let Some(record) = record else { panic!("alive without a container: {state:?}") };
-                let fresh = record.hash == alive.hash;
+                let fresh = record.is_for(alive);
                 let other_image = record.image != alive.image.to_string();
                 match state {
                     State::Running => {
@@ -519,6 +541,8 @@ impl World {
             name: desired.name.clone(),
             bot_id: desired.bot_id.clone(),
             hash: alive.hash.clone(),
+            restarted_at: alive.restarted_at.clone().or_else(|| old.as_ref().and_then(|old| old.restarted_at.clone())),
+            rollback: None,
             limits: alive.limits.clone(),
             skills: alive.skills.clone(),
             image: layer.image,
@@ -808,7 +832,9 @@ fn alive(desired: &Desired) -> Result<&Alive, Ended> {
 
 pub fn grace(desired: &Desired) -> SignedDuration {
     let grace = match &desired.goal {
-        Goal::Gone { grace } | Goal::Stopped { grace } | Goal::Refused { grace, .. } => *grace,
+        Goal::Gone { grace } | Goal::Retained { grace } | Goal::Stopped { grace } | Goal::Refused { grace, .. } => {
+            *grace
+        }
         Goal::Alive(alive) => alive.grace,
     };
     SignedDuration::try_from(grace).unwrap_or(SignedDuration::MAX)
