@@ -28,7 +28,9 @@ use crate::api::condition::{Reason, chain};
 use crate::api::ids::ContainerId;
 use crate::api::{BotContainer, BotContainerSpec};
 use crate::image::RunConfig;
-use crate::network::{ClusterDns, DnsWarning, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf};
+use crate::network::{
+    ClusterDns, DnsWarning, ResolvConf, effective_policy, hosts_file, hosts_file_of_node, resolv_conf,
+};
 use crate::oci::{
     BindMount, EnvError, FieldContext, NetworkNamespace, NodeFacts, RootError, SourceKind, SpecError, SpecInput, User,
     UserError, check_root, check_working_directory, ensure_directory, linux_resources, resolve_env, resolve_user,
@@ -196,7 +198,7 @@ impl BundleError {
             Self::Spec(error) => error.reason(),
             Self::FileSource { .. } => Reason::ConfigNotFound,
             Self::Timezone { .. } | Self::RuntimeClass { .. } | Self::Json(_) => Reason::InvalidSpec,
-            Self::Api { .. } => Reason::ConfigNotFound,
+            Self::Api { .. } => Reason::ConfigUnreadable,
             Self::Seccomp(error) => error.reason(),
         }
     }

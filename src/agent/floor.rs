@@ -45,7 +45,9 @@ pub fn judge(containerd: &str, runc: &str) -> Result<String, String> {
                 return Err(format!("{what} is {version}, below the floor {}; upgrade it", text(floor)));
             }
             Some(_) => {}
-            None => return Err(format!("the version of {what}, {version:?}, can't be read; install one that tells it")),
+            None => {
+                return Err(format!("the version of {what}, {version:?}, can't be read; install one that tells it"));
+            }
         }
     }
     let found = numbers(runc).unwrap_or_default();
