@@ -9,11 +9,13 @@
 //!                ├── network/     network namespaces, CNI, nftables, resolv.conf
 //!                └── output/      the logger that lives beside the shim
 //! api/        the objects, their conditions and CRDs: the single source
+//! client      the way to the API server, with a limit on each answer
 //! telemetry   logs, metrics, health
 //! ```
 
 pub mod agent;
 pub mod api;
+pub mod client;
 pub mod containerd;
 pub mod controller;
 pub mod image;

@@ -6,6 +6,7 @@
 
 #[path = "e2e_controller/fixture.rs"]
 mod fixture;
+mod proxy;
 
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use berth::api::{AGENT, FINALIZER};
 use fixture::{Cluster, bot, count_by_node, eventually, show};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use proxy::Fault;
 use serde_json::json;
 
 const OBJECTS: &[&str] = &["botcontainers", "botrecords", "botnodes", "botsnapshots"];
@@ -440,4 +442,159 @@ async fn every_node_gets_a_cidr_of_its_own_until_none_is_left() {
         cidr.ok_or_else(|| "none".to_owned())
     })
     .await;
+}
+
+/// Every write of the controller refused, lost, in conflict or cut off: it is made in the end, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_that_are_refused_lost_or_cut_off_are_made_in_the_end_and_once() {
+    let cluster = Cluster::turn().await;
+    let proxy = cluster.proxy().await;
+    let controller = cluster.controller_through(&proxy).await;
+    use Fault::{Answer, Broken, Lost};
+    let all = || [Answer(403), Lost, Answer(409), Broken, Answer(500), Answer(503)];
+    proxy.spoil_next("patch", "botnodes", [Lost, Answer(409), Answer(500)]);
+    let _agent = cluster.agent("node-1", json!({"cpu": "4", "memory": "4Gi", "bots": "100"})).await;
+    eventually("the CIDR", Duration::from_secs(30), || async {
+        let node = cluster.bot_nodes().get("node-1").await.map_err(|e| e.to_string())?;
+        node.spec.bot_cidr.ok_or_else(|| "none".to_owned())
+    })
+    .await;
+    for (i, (verb, resource)) in
+        [("create", "botrecords"), ("patch", "botcontainers"), ("patch", "botcontainers/status"), ("create", "events")]
+            .into_iter()
+            .enumerate()
+    {
+        for (j, fault) in all().into_iter().enumerate() {
+            let name = format!("bot-{i}-{j}");
+            proxy.spoil_next(verb, resource, [fault]);
+            let made = cluster.bot(&name, json!({})).await;
+            // A refusal that only an edit can mend is asked again seldom: up to ten seconds later.
+            let bound = eventually(&format!("{name} bound"), Duration::from_secs(40), || async {
+                let bot = cluster.bots().get(&name).await.map_err(|e| e.to_string())?;
+                bot.status.as_ref().and_then(|s| s.node_name.clone()).ok_or_else(|| show(&bot))
+            })
+            .await;
+            assert_eq!(bound, "node-1");
+            let bot = cluster.bots().get(&name).await.unwrap();
+            assert_eq!(bot.finalizers(), [FINALIZER]);
+            let record = cluster.records().get(&made.uid().unwrap()).await.unwrap();
+            assert_eq!(record.spec.holder.map(|h| h.uid), made.uid());
+        }
+    }
+    eventually("every fault come", Duration::from_secs(10), || async { proxy.spent() }).await;
+    // And down again.
+    for (j, fault) in all().into_iter().enumerate() {
+        let name = format!("bot-0-{j}");
+        proxy.spoil_next("delete", "botrecords", [fault.clone()]);
+        proxy.spoil_next("patch", "botcontainers", [fault]);
+        cluster.bots().delete(&name, &DeleteParams::default()).await.unwrap();
+        cluster.agent_says_removed(&name).await;
+        eventually(&format!("{name} gone"), Duration::from_secs(60), || async {
+            match cluster.bots().get_opt(&name).await.map_err(|e| e.to_string())? {
+                None => Ok(()),
+                Some(bot) => Err(show(&bot)),
+            }
+        })
+        .await;
+    }
+    let records = cluster.records().list(&ListParams::default()).await.unwrap();
+    assert_eq!(records.items.len(), 3 * all().len(), "a record each, and none of those that are gone");
+    drop(controller);
+}
+
+/// Rights taken away one by one and given back: the controller lives on, removes nothing, says so, and goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_right_that_is_taken_away_is_told_and_used_again_when_it_is_back() {
+    let cluster = Cluster::turn().await;
+    let proxy = cluster.proxy().await;
+    let mut controller = cluster.controller_through(&proxy).await;
+    let _agent = cluster.agent("node-1", json!({"cpu": "40", "memory": "4Gi", "bots": "100"})).await;
+    cluster.bot("steady", json!({"botId": "steady"})).await;
+    cluster.bound("steady").await;
+    cluster.agent_says_running("steady").await;
+    for kind in ["botcontainers", "botrecords", "botnodes", "nodes", "leases", "runtimeclasses", "botsnapshots"] {
+        let told = controller.metric("berth_controller_watch_errors_total").await;
+        for verb in ["list", "watch"] {
+            proxy.spoil(verb, kind, Fault::Answer(403));
+        }
+        proxy.cut_watches();
+        eventually(&format!("the loss of {kind} told"), Duration::from_secs(20), || async {
+            let refused = proxy.calls("*", kind).iter().filter(|call| call.status == 403).count();
+            let now = controller.metric("berth_controller_watch_errors_total").await;
+            (refused >= 2 && now > told).then_some(()).ok_or_else(|| format!("{refused} refused, {told} -> {now}"))
+        })
+        .await;
+        assert!(controller.lives(), "it ended without the right to {kind}");
+        proxy.heal();
+        let name = format!("after-{kind}");
+        cluster.bot(&name, json!({})).await;
+        eventually(&format!("{name} bound"), Duration::from_secs(60), || async {
+            let bot = cluster.bots().get(&name).await.map_err(|e| e.to_string())?;
+            bot.status.as_ref().and_then(|s| s.node_name.clone()).ok_or_else(|| show(&bot))
+        })
+        .await;
+        let steady = cluster.bots().get("steady").await.unwrap();
+        assert_eq!(steady.finalizers(), [FINALIZER]);
+        assert!(cluster.records().get_opt("steady").await.unwrap().is_some(), "{kind}");
+    }
+    // Its own Lease: it leads no more, and leads again.
+    proxy.spoil("update", "leases", Fault::Answer(403));
+    eventually("the lead lost", Duration::from_secs(20), || async {
+        controller.log().contains("leads no more").then_some(()).ok_or_else(|| "it leads".to_owned())
+    })
+    .await;
+    proxy.heal();
+    cluster.bot("last", json!({})).await;
+    cluster.bound("last").await;
+    assert!(controller.lives());
+}
+
+/// A leader that is stopped in the middle of a write, past its Lease: what it has sent arrives when another leads, and is
+/// refused.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_late_write_of_a_leader_that_was_is_refused() {
+    let cluster = Cluster::turn().await;
+    let proxy = cluster.proxy().await;
+    let first = cluster.controller_through(&proxy).await;
+    let _agent = cluster.agent("node-1", json!({"cpu": "40", "memory": "4Gi", "bots": "100"})).await;
+    cluster.bot("before", json!({})).await;
+    cluster.bound("before").await;
+    let second = cluster.controller().await;
+    for (verb, resource) in [("patch", "botcontainers/status"), ("patch", "botcontainers"), ("create", "botrecords")] {
+        let (go, held) = tokio::sync::watch::channel(false);
+        proxy.spoil_next(verb, resource, [Fault::Held(held)]);
+        let name = format!("{verb}-{}", resource.replace('/', "-"));
+        let bot = cluster.bot(&name, json!({})).await;
+        let sent = eventually("the write on its way", Duration::from_secs(15), || async {
+            let calls = proxy.calls(verb, resource);
+            let found = calls.iter().rposition(|call| call.status == 0);
+            found.ok_or_else(|| format!("{calls:?}"))
+        })
+        .await;
+        first.signal("STOP");
+        // The other takes over when the Lease has run out, and does what the first had begun.
+        assert_eq!(cluster.bound(&name).await, "node-1");
+        let bound = cluster.bots().get(&name).await.unwrap();
+        go.send(true).unwrap();
+        let answer = eventually("its answer", Duration::from_secs(10), || async {
+            let status = proxy.calls(verb, resource)[sent].status;
+            (status != 0).then_some(status).ok_or_else(|| "none".to_owned())
+        })
+        .await;
+        assert_eq!(answer, 409, "a late {verb} of {resource} was taken");
+        first.signal("CONT");
+        let now = cluster.bots().get(&name).await.unwrap();
+        assert_eq!(now.metadata.resource_version, bound.metadata.resource_version, "{}", show(&now));
+        assert_eq!(cluster.records().get(&bot.uid().unwrap()).await.unwrap().spec.holder.map(|h| h.uid), bot.uid());
+        // The first leads again, for the next round.
+        second.signal("STOP");
+        let (leases, lease) = cluster.leader_lease();
+        let other = leases.get(lease).await.unwrap().spec.unwrap().holder_identity;
+        eventually("the first leading", Duration::from_secs(20), || async {
+            let now = leases.get(lease).await.unwrap().spec.unwrap().holder_identity;
+            (now != other).then_some(()).ok_or_else(|| format!("{now:?}"))
+        })
+        .await;
+        second.signal("CONT");
+    }
 }

@@ -118,6 +118,7 @@ impl StepError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Runtime(error) if error.is_unavailable() => Reason::RuntimeUnavailable,
+            Self::Runtime(error) if error.is_storage() => Reason::StorageFailed,
             Self::Runtime(_) | Self::Leftover(_) | Self::Changed(_) => Reason::RuntimeFailed,
             Self::Image { source, .. } => source.reason(),
             Self::NeverPull { .. } => Reason::ErrImageNeverPull,
@@ -128,7 +129,15 @@ impl StepError {
             Self::Output(error) => error.reason(),
             Self::Bundle(error) => error.reason(),
             Self::Skill(_) => Reason::SkillFailed,
-            Self::References(_) => Reason::ConfigNotFound,
+            Self::References(_) => Reason::ConfigUnreadable,
+        }
+    }
+
+    /// How long the one that refused wants to be left alone, if it said so.
+    pub fn retry_after(&self) -> Option<std::time::Duration> {
+        match self {
+            Self::Image { source, .. } => source.retry_after(),
+            _ => None,
         }
     }
 
@@ -197,7 +206,7 @@ impl Work<'_> {
     fn record(&self) -> Option<&Record> {
         match &self.observed.container {
             Container::Ours(record) => Some(record),
-            Container::Absent | Container::Foreign { .. } => None,
+            Container::Absent | Container::Foreign { .. } | Container::Garbled { .. } => None,
         }
     }
 
@@ -805,9 +814,10 @@ const LEFTOVER_TRIES: u32 = 4;
 const CREATE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);
 
 /// Whether an error is the runtime's own answer about this container, rather than a sign that it was not reached, was
-/// too slow, or is going down.
+/// too slow, is going down, or has no room on its disk: a bot that runs once must not end on what passes.
 fn is_answer(error: &CallFailed) -> bool {
     !error.is_unavailable()
+        && !error.is_storage()
         && !matches!(
             error.status.code(),
             Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::ResourceExhausted | Code::NotFound

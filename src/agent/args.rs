@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use k8s_openapi::api::core::v1::NodeAddress;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use crate::image::{CollectionPolicy, ImageOptions, Mirror};
+use crate::image::{Authority, CollectionPolicy, ImageOptions, Mirror};
 use crate::network::{ClusterDns, NetworkOptions};
 use crate::output::OutputOptions;
 
@@ -98,6 +98,10 @@ pub struct AgentArgs {
     /// A registry's mirror, tried before the registry itself, for example `docker.io=https://mirror.example/proxy`.
     #[arg(long, env = "BERTH_REGISTRY_MIRROR", value_name = "REGISTRY=URL", value_delimiter = ',')]
     pub registry_mirror: Vec<Mirror>,
+
+    /// Files with certificates (PEM) of authorities that registries and mirrors are trusted by, beside the machine's own.
+    #[arg(long, env = "BERTH_REGISTRY_CA", value_name = "FILE", value_delimiter = ',')]
+    pub registry_ca: Vec<PathBuf>,
 
     /// Most bytes that an image may have unpacked.
     #[arg(long, env = "BERTH_MAX_IMAGE_BYTES", value_name = "BYTES", default_value_t = 32 << 30)]
@@ -246,13 +250,20 @@ impl AgentArgs {
         })
     }
 
-    /// For images.
-    pub fn image_options(&self) -> ImageOptions {
-        ImageOptions {
+    /// For images. Reads the files of `--registry-ca`.
+    pub fn image_options(&self) -> anyhow::Result<ImageOptions> {
+        let mut authorities = Vec::new();
+        for path in &self.registry_ca {
+            let failed = || format!("--registry-ca {}: it must be a file with PEM certificates", path.display());
+            let pem = std::fs::read(path).with_context(failed)?;
+            authorities.extend(Authority::parse_all(&pem).with_context(failed)?);
+        }
+        Ok(ImageOptions {
             mirrors: self.registry_mirror.clone(),
+            authorities,
             max_unpacked_bytes: self.max_image_bytes,
             ..ImageOptions::default()
-        }
+        })
     }
 
     /// For the node's disk.

@@ -221,7 +221,7 @@ impl BundleError {
             Self::Spec(error) => error.reason(),
             Self::FileSource { .. } => Reason::ConfigNotFound,
             Self::Timezone { .. } | Self::RuntimeClass { .. } | Self::Json(_) => Reason::InvalidSpec,
-            Self::Api { .. } => Reason::ConfigNotFound,
+            Self::Api { .. } => Reason::ConfigUnreadable,
             Self::Seccomp(error) => error.reason(),
         }
     }

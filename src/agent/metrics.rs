@@ -19,6 +19,11 @@ struct Why {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Call {
+    call: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Done {
     step: &'static str,
     ok: &'static str,
@@ -29,6 +34,7 @@ struct Done {
 pub struct Metrics {
     passes: Family<Why, Counter>,
     errors: Family<Why, Counter>,
+    api_errors: Family<Call, Counter>,
     steps: Family<Done, Histogram>,
     /// Bots that have a loop.
     pub bots: Gauge,
@@ -42,11 +48,13 @@ impl Metrics {
         let metrics = Self {
             passes: Family::default(),
             errors: Family::default(),
+            api_errors: Family::default(),
             steps: Family::new_with_constructor(buckets),
             bots: Gauge::default(),
         };
         registry.register("passes", "Looks at a bot, by why it was looked at", metrics.passes.clone());
         registry.register("errors", "Failures, by reason", metrics.errors.clone());
+        registry.register("api_errors", "Calls of the API server that failed, by what for", metrics.api_errors.clone());
         registry.register("step_seconds", "Time that steps took", metrics.steps.clone());
         registry.register("bots", "Bots that the agent looks after", metrics.bots.clone());
         metrics
@@ -60,6 +68,11 @@ impl Metrics {
     /// A failure.
     pub fn error(&self, reason: Reason) {
         self.errors.get_or_create(&Why { reason: reason.as_str() }).inc();
+    }
+
+    /// A call of the API server that failed: `status`, `event`, `node`, `list`, `watch`, `watch node`. It is tried again.
+    pub fn api_error(&self, call: &'static str) {
+        self.api_errors.get_or_create(&Call { call }).inc();
     }
 
     /// A step that was done.

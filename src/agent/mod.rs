@@ -55,7 +55,7 @@ pub mod step;
 pub mod sweep;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,10 +63,10 @@ use anyhow::Context as _;
 use containerd_client::events::{TaskExit, TaskOom, TaskPaused, TaskResumed, TaskStart};
 use containerd_client::services::v1::{CreateNamespaceRequest, Namespace, SubscribeRequest};
 use futures::StreamExt as _;
+use kube::Api;
 use kube::runtime::reflector::store;
 use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt as _, watcher};
-use kube::{Api, Client};
 use prost::Message as _;
 use rustix::fs::FlockOperation;
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -76,7 +76,7 @@ use tokio_util::sync::CancellationToken;
 pub use args::AgentArgs;
 
 use crate::api::BotContainer;
-use crate::api::condition::chain;
+use crate::api::condition::{Reason, chain};
 use crate::api::ids::{BotUid, ContainerId};
 use crate::containerd::{CallContext as _, Containerd};
 use crate::image::Images;
@@ -120,14 +120,20 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             "no --cluster-dns: bots whose dnsPolicy is ClusterFirst get the node's own DNS, and find no Service by name"
         );
     }
-    prepare_directories(&args)?;
+    let image_options = args.image_options()?;
+    let prepare = || prepare_directories(&args).map_err(|error| (Reason::StorageFailed, error));
+    let Some(lock_file) = until_done(&metrics, &stop, async || prepare()).await else { return Ok(()) };
     let _lock = tokio::select! {
-        lock = lock_host(&args) => lock?,
+        lock = lock_host(lock_file) => lock?,
         () = stop.cancelled() => return Ok(()),
     };
-    root::remove_leftovers(&args.mnt_dir()).context("leftovers of an earlier agent can't be removed")?;
+    let clear = || root::remove_leftovers(&args.mnt_dir()).context("leftovers of an earlier agent can't be removed");
+    let clear = async || clear().map_err(|error| (Reason::StorageFailed, error));
+    if until_done(&metrics, &stop, clear).await.is_none() {
+        return Ok(());
+    }
 
-    let client = Client::try_default().await.context("no way to the API server; set KUBECONFIG or run in a Pod")?;
+    let client = crate::client::connect().await?;
     let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
     ensure_namespace(&containerd, &stop).await;
 
@@ -151,10 +157,25 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         cgroup: cgroups.describe().to_owned(),
         runc: args::runc_version().await,
     };
-    let network = Network::new(args.network_options()).context("the network of bots can't be used")?;
+    let network = until_done(&metrics, &stop, async || match Network::new(args.network_options()) {
+        Err(error) if error.retryable() => {
+            Err((error.reason(), anyhow::Error::new(error).context("the network of bots can't be used")))
+        }
+        done => Ok(done),
+    });
+    let Some(network) = network.await else { return Ok(()) };
+    let network = network.context("the network of bots can't be used")?;
     let output = Output::new(args.output_options()?);
-    output.attach().await.context("the logger of bots' output can't be started")?;
-    let images = Images::new(containerd.clone(), args.image_options());
+    let attached = until_done(&metrics, &stop, async || {
+        let failed = |error: crate::output::OutputError| {
+            (error.reason(), anyhow::Error::new(error).context("the logger of bots' output can't be started"))
+        };
+        output.attach().await.map_err(failed)
+    });
+    if attached.await.is_none() {
+        return Ok(());
+    }
+    let images = Images::new(containerd.clone(), image_options);
     if let Err(error) = images.clear_interrupted().await {
         tracing::warn!(error = %chain(&error), "what earlier pulls left half-made is not cleared; it ends by itself");
     }
@@ -169,7 +190,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     );
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
     let (room_sender, room) = watch::channel(None);
-    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room));
+    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room, metrics.clone()));
 
     // The rules of the network follow the node's CIDR.
     let (cidr_sender, cidr) = watch::channel(None);
@@ -208,7 +229,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             bundle,
             shims: shims.clone(),
         },
-        publisher: Publisher::new(client.clone(), args.node_name.clone()),
+        publisher: Publisher::new(client.clone(), args.node_name.clone(), metrics.clone()),
         bots: bots.clone(),
         cidr: cidr.clone(),
         default_snapshotter: args.snapshotter.clone(),
@@ -286,7 +307,10 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                     }
                     metrics.bots.set(i64::try_from(loops.len()).unwrap_or(i64::MAX));
                 }
-                Some(Err(error)) => tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew"),
+                Some(Err(error)) => {
+                    metrics.api_error("watch");
+                    tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew");
+                }
                 None => break Err(anyhow::anyhow!("the watch of BotContainers ended")),
             },
             Some(heard) = events.recv() => match heard {
@@ -324,6 +348,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                             found.wait
                         }
                         Err(error) => {
+                            if let sweep::SweepFailed::Api(_) = error {
+                                metrics.api_error("list");
+                            }
                             tracing::warn!(error = %chain(&error), "nothing was swept");
                             Duration::from_secs(10)
                         }
@@ -367,11 +394,38 @@ fn wake(loops: &mut Loops, shared: &Arc<Shared>, bot: &BotContainer, reason: &'s
     }
 }
 
-fn prepare_directories(args: &AgentArgs) -> anyhow::Result<()> {
+/// Does what all else stands on, again and again until it is done: a disk that is full or read-only is mended, and an
+/// agent that ends for it says no more than one that waits. `None` when the agent is to stop.
+async fn until_done<T>(
+    metrics: &Metrics,
+    stop: &CancellationToken,
+    mut attempt: impl AsyncFnMut() -> Result<T, (Reason, anyhow::Error)>,
+) -> Option<T> {
+    let mut wait = Duration::from_secs(1);
+    loop {
+        match attempt().await {
+            Ok(done) => return Some(done),
+            Err((reason, error)) => {
+                metrics.error(reason);
+                tracing::error!(%reason, retry_in = ?wait, error = format!("{error:#}"), "the agent can't begin");
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(run::jittered(wait)) => {}
+            () = stop.cancelled() => return None,
+        }
+        wait = (wait * 2).min(Duration::from_secs(30));
+    }
+}
+
+/// Makes the agent's folders; gives the file of its lock.
+fn prepare_directories(args: &AgentArgs) -> anyhow::Result<fs::File> {
     for dir in [args.run_dir.clone(), args.state_dir.clone(), args.log_dir.clone(), args.mnt_dir(), args.files_dir()] {
         fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
     }
-    ensure_tmpfs(&args.files_dir())
+    ensure_tmpfs(&args.files_dir())?;
+    let path = args.state_dir.join("agent.lock");
+    fs::File::create(&path).with_context(|| format!("can't create {}", path.display()))
 }
 
 /// Secret values must not come onto a disk: where `/run` is none, a tmpfs is mounted.
@@ -388,21 +442,19 @@ fn ensure_tmpfs(dir: &Path) -> anyhow::Result<()> {
 }
 
 /// Waits until no other agent of this node runs. The lock goes with the process, however that ends.
-async fn lock_host(args: &AgentArgs) -> anyhow::Result<fs::File> {
-    let path: PathBuf = args.state_dir.join("agent.lock");
-    let file = fs::File::create(&path).with_context(|| format!("can't create {}", path.display()))?;
+async fn lock_host(file: fs::File) -> anyhow::Result<fs::File> {
     let mut told = false;
     loop {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK) => {
                 if !told {
-                    tracing::warn!(lock = %path.display(), "another agent of this node runs; waiting until it ends");
+                    tracing::warn!("another agent of this node runs; waiting until it ends");
                     told = true;
                 }
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
-            Err(error) => return Err(error).with_context(|| format!("can't lock {}", path.display())),
+            Err(error) => return Err(error).context("can't lock agent.lock in the state directory"),
         }
     }
 }

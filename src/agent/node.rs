@@ -24,6 +24,7 @@ use crate::network::Cidr;
 
 use super::disk::Room;
 use super::floor;
+use super::metrics::Metrics;
 
 /// The Lease is renewed so often, and counts for four times as long, as kubelet's.
 pub const RENEW_EVERY: Duration = Duration::from_secs(10);
@@ -81,12 +82,19 @@ pub struct Registration {
     containerd: Containerd,
     facts: NodeFacts,
     room: watch::Receiver<Option<Room>>,
+    metrics: Metrics,
 }
 
 impl Registration {
     /// Of the node that `facts` speak of; `room` tells of its disk, once that was looked at.
-    pub fn new(client: Client, containerd: Containerd, facts: NodeFacts, room: watch::Receiver<Option<Room>>) -> Self {
-        Self { client, containerd, facts, room }
+    pub fn new(
+        client: Client,
+        containerd: Containerd,
+        facts: NodeFacts,
+        room: watch::Receiver<Option<Room>>,
+        metrics: Metrics,
+    ) -> Self {
+        Self { client, containerd, facts, room, metrics }
     }
 
     fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
@@ -254,6 +262,9 @@ impl Registration {
                     RENEW_EVERY
                 }
                 Err(error) => {
+                    if let NodeError::Api { .. } = error {
+                        self.metrics.api_error("node");
+                    }
                     tracing::warn!(error = %chain(&error), "BotNode or Lease not kept; tried again");
                     RENEW_EVERY / 10
                 }
@@ -291,7 +302,10 @@ impl Registration {
                         Err(error) => tracing::error!(error = %chain(&error), "BotNode's spec.botCIDR can't be used"),
                     }
                 }
-                Some(Err(error)) => tracing::warn!(error = %chain(&error), "the watch of the BotNode failed"),
+                Some(Err(error)) => {
+                    self.metrics.api_error("watch node");
+                    tracing::warn!(error = %chain(&error), "the watch of the BotNode failed");
+                }
                 None => return,
             }
         }

@@ -43,6 +43,12 @@ pub enum Container {
     Absent,
     /// The bot's container, with the agent's note on it.
     Ours(Box<Record>),
+    /// It bears the bot's id and label, but no note that can be read: somebody's hand. What is the bot's is known, and
+    /// goes with it; whether it may run again is not, so nothing is started.
+    Garbled {
+        /// What is wrong with the note.
+        why: String,
+    },
     /// Something that Berth did not make, or made for another: never touched.
     Foreign {
         /// What makes it foreign.
@@ -254,14 +260,15 @@ pub const COMPLETE: &str = ".complete";
 
 /// Whether a container of the bot's id is the bot's.
 fn whose(uid: &BotUid, found: &containerd_client::services::v1::Container) -> Container {
-    let foreign = |why: String| Container::Foreign { why };
+    let labelled = found.labels.get(labels::UID).map(String::as_str) == Some(uid.as_str());
+    let unreadable = |why: String| if labelled { Container::Garbled { why } } else { Container::Foreign { why } };
     let Some(note) = found.extensions.get(Record::EXTENSION) else {
-        return foreign(format!("it lacks the extension {}", Record::EXTENSION));
+        return unreadable(format!("it lacks the extension {}", Record::EXTENSION));
     };
     match serde_json::from_slice::<Record>(&note.value) {
         Ok(record) if record.uid == uid.as_str() => Container::Ours(Box::new(record)),
-        Ok(record) => foreign(format!("its record says that it belongs to uid {}", record.uid)),
-        Err(error) => foreign(format!("its record can't be read: {error}")),
+        Ok(record) => Container::Foreign { why: format!("its record says that it belongs to uid {}", record.uid) },
+        Err(error) => unreadable(format!("its record can't be read: {error}")),
     }
 }
 

@@ -97,8 +97,12 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
                 _ => Next::settled(State::Foreign { why: why.clone() }),
             };
         }
+        // Whether it may run again its lost note can't tell any more.
+        Container::Garbled { why } if !matches!(desired.goal, Goal::Gone { .. }) => {
+            return Next::settled(State::Foreign { why: why.clone() });
+        }
         Container::Ours(record) => Some(&**record),
-        Container::Absent => None,
+        Container::Absent | Container::Garbled { .. } => None,
     };
     match &desired.goal {
         Goal::Gone { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| remove_all(observed)),
@@ -226,7 +230,7 @@ fn remove_all(observed: &Observed) -> Next {
         return Next::Do(Step::Remove(left));
     }
     match observed.container {
-        Container::Ours(_) => Next::Do(Step::RemoveContainer),
+        Container::Ours(_) | Container::Garbled { .. } => Next::Do(Step::RemoveContainer),
         Container::Absent | Container::Foreign { .. } => Next::settled(State::Removed),
     }
 }

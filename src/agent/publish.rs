@@ -10,6 +10,7 @@ use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
 use crate::api::{AGENT, BotContainer, BotContainerStatus};
 
 use super::failpoint::{Effect, around};
+use super::metrics::Metrics;
 use super::status::says;
 
 /// Writes statuses and Events of bots.
@@ -17,6 +18,7 @@ use super::status::says;
 pub struct Publisher {
     client: Client,
     recorder: Recorder,
+    metrics: Metrics,
 }
 
 /// A status could not be written.
@@ -30,9 +32,9 @@ pub struct PublishFailed {
 
 impl Publisher {
     /// `instance` names this agent in Events.
-    pub fn new(client: Client, instance: String) -> Self {
+    pub fn new(client: Client, instance: String, metrics: Metrics) -> Self {
         let reporter = Reporter { controller: AGENT.to_owned(), instance: Some(instance) };
-        Self { recorder: Recorder::new(client.clone(), reporter), client }
+        Self { recorder: Recorder::new(client.clone(), reporter), client, metrics }
     }
 
     /// Writes `status` where the live object says something else; gives back the object as it is then.
@@ -64,7 +66,10 @@ impl Publisher {
         let params = PatchParams::apply(AGENT).force();
         match around(Effect::StatusWrite, api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
             Ok(newest) => Ok(Some(newest)),
-            Err(source) => Err(PublishFailed { namespace, name, source: Box::new(source) }),
+            Err(source) => {
+                self.metrics.api_error("status");
+                Err(PublishFailed { namespace, name, source: Box::new(source) })
+            }
         }
     }
 
@@ -79,6 +84,7 @@ impl Publisher {
         };
         let reference: ObjectReference = bot.object_ref(&());
         if let Err(error) = around(Effect::StatusEvent, self.recorder.publish(&event, &reference)).await {
+            self.metrics.api_error("event");
             tracing::warn!(%reason, note, error = %chain(&error), "Event not written");
         }
     }

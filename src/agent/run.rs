@@ -22,7 +22,7 @@ use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
 use crate::network::Cidr;
 
-use super::act::{Actor, Work};
+use super::act::{Actor, StepError, Work};
 use super::desired::{Desired, Goal, desired};
 use super::lineage::Lineage;
 use super::metrics::Metrics;
@@ -52,6 +52,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// The most where a person mends something that nobody tells us of (a missing ConfigMap, an image to be loaded) and a try
 /// costs little: kubelet looks about as often.
 const RETRY_LOCAL_MOST: Duration = Duration::from_secs(30);
+
+/// Back-off of a status that can't be written: doubles from the first to the second. Two writers of one object meet now
+/// and then, and need no more than another look; an API server that refuses is not to be asked all the time.
+const REWRITE_FIRST: Duration = Duration::from_millis(250);
+/// See [`REWRITE_FIRST`].
+const REWRITE_MOST: Duration = Duration::from_secs(30);
+
+/// How long a step may keep its turn. One that takes longer waits for a registry, a plugin or a shim that may hang, and
+/// goes on without: all the turns of a node must not be with those.
+const TURN: Duration = Duration::from_secs(5);
 
 /// A plan that asks for the same step so often without an error makes no progress: it is slowed down and told.
 const SAME_STEP: u32 = 8;
@@ -221,6 +231,10 @@ struct BotLoop {
     busy_since: Option<Instant>,
     /// The newest object that a write of ours gave back.
     written: Option<Arc<BotContainer>>,
+    /// How often in a row its status could not be written.
+    unwritten: u32,
+    /// When that is tried again.
+    rewrite_at: Option<Instant>,
     /// Until then containerd may still be putting away a task whose creation was cut off, by this agent or one before it.
     /// A guess that a restart widens, never a fact that it loses.
     leftovers_until: Instant,
@@ -248,6 +262,8 @@ impl BotLoop {
             retry: None,
             busy_since: None,
             written: None,
+            unwritten: 0,
+            rewrite_at: None,
             leftovers_until,
             patience: Patience::default(),
             lineage: Lineage::default(),
@@ -258,7 +274,7 @@ impl BotLoop {
         let mut wake_at = Some(Instant::now());
         loop {
             let resync = Instant::now() + jittered(RESYNC);
-            let until = wake_at.map_or(resync, |at| at.min(resync));
+            let until = [wake_at, self.rewrite_at.take()].into_iter().flatten().fold(resync, Instant::min);
             tokio::select! {
                 // Cancelled by nothing but the end of the agent; a trigger that comes meanwhile stays noted.
                 () = self.trigger.notify.notified() => {}
@@ -311,7 +327,7 @@ impl BotLoop {
             if let Some(layer) = &observed.layer {
                 let snapshotter = match &observed.container {
                     Container::Ours(record) => &record.snapshotter,
-                    Container::Absent | Container::Foreign { .. } => &desired.snapshotter,
+                    Container::Absent | Container::Foreign { .. } | Container::Garbled { .. } => &desired.snapshotter,
                 };
                 self.lineage.follow(&self.shared.actor.containerd, snapshotter, &layer.key);
             }
@@ -346,15 +362,15 @@ impl BotLoop {
                             if repeats >= SAME_STEP {
                                 let error =
                                     format!("the step {step} was done {repeats} times and the bot is as before");
-                                self.failed(*step, Reason::RuntimeFailed, error, true, &bot);
+                                self.failed(*step, Failure::no_progress(error), &bot);
                             }
                         }
                         Err(Failed::Aborted) => self.leftovers_until = Instant::now() + LEFTOVERS,
-                        Err(Failed::Step { reason, message, retryable }) => {
+                        Err(Failed::Step(failure)) => {
                             if matches!(step, Step::CreateTask { .. }) {
                                 self.leftovers_until = Instant::now() + LEFTOVERS;
                             }
-                            self.failed(*step, reason, message, retryable, &bot);
+                            self.failed(*step, failure, &bot);
                         }
                     }
                 }
@@ -365,7 +381,7 @@ impl BotLoop {
                         && let Err(error) = self.shared.actor.remove_rest(&desired.id).await
                     {
                         let step = Step::RemoveContainer;
-                        self.failed(step, error.reason(), chain(&error), error.retryable(), &bot);
+                        self.failed(step, Failure::of(&error), &bot);
                         self.tell(&bot, &desired, &observed, &Next::Do(step)).await;
                         return Pass::Wait(self.retry.as_ref().map(|retry| retry.at));
                     }
@@ -409,10 +425,12 @@ impl BotLoop {
         (Instant::now() < retry.at).then_some(retry.at)
     }
 
-    fn failed(&mut self, step: Step, reason: Reason, message: String, retryable: bool, bot: &BotContainer) {
+    fn failed(&mut self, step: Step, failure: Failure, bot: &BotContainer) {
+        let Failure { reason, message, retryable, retry_after } = failure;
         let attempts = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |r| r.attempts) + 1;
         let most = if local(reason) { RETRY_LOCAL_MOST } else { RETRY_MOST };
         let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(most);
+        let wait = wait.max(retry_after.unwrap_or_default());
         tracing::warn!(
             bot = %self.bot.name, namespace = %self.bot.namespace, uid = %self.bot.uid, %step, %reason, attempts,
             retry_in = ?wait, error = %message, "step failed"
@@ -442,9 +460,16 @@ impl BotLoop {
         let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, overdue, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
-            let _permit = shared.steps.acquire().await;
+            let turn = shared.steps.acquire().await;
             let began = Instant::now();
-            let done = shared.actor.act(step, &work).await;
+            let mut act = std::pin::pin!(shared.actor.act(step, &work));
+            let done = match tokio::time::timeout(TURN, &mut act).await {
+                Ok(done) => done,
+                Err(_) => {
+                    drop(turn);
+                    act.await
+                }
+            };
             shared.metrics.step(step, began.elapsed(), done.is_ok());
             done
         };
@@ -456,11 +481,7 @@ impl BotLoop {
                 done = &mut act => {
                     let took = busy_since.elapsed();
                     tracing::debug!(bot = %self.bot.name, %step, ok = done.is_ok(), since_busy = ?took, "step");
-                    return done.map_err(|error| Failed::Step {
-                        reason: error.reason(),
-                        retryable: error.retryable(),
-                        message: chain(&error),
-                    });
+                    return done.map_err(|error| Failed::Step(Failure::of(&error)));
                 }
                 // Dropping a Prepare in the middle is what its doc allows: what is half-made is found by name.
                 () = self.trigger.notify.notified(), if abortable => {
@@ -509,6 +530,7 @@ impl BotLoop {
         }
         match self.shared.publisher.status(&live, &status).await {
             Ok(Some(newest)) => {
+                self.unwritten = 0;
                 for (kind, reason, note) in news(live.status.as_ref(), &status, trouble) {
                     if trouble.is_none() && kind == EventType::Warning {
                         self.shared.metrics.error(reason);
@@ -517,23 +539,19 @@ impl BotLoop {
                 }
                 self.written = Some(Arc::new(newest));
             }
-            Ok(None) => {}
+            Ok(None) => self.unwritten = 0,
             Err(error) => {
-                tracing::warn!(bot = %self.bot.name, namespace = %self.bot.namespace, error = %chain(&error), "status not written");
+                let wait = REWRITE_FIRST.saturating_mul(1 << self.unwritten.min(16)).min(REWRITE_MOST);
+                self.unwritten = self.unwritten.saturating_add(1);
+                tracing::warn!(
+                    bot = %self.bot.name, namespace = %self.bot.namespace, retry_in = ?wait, error = %chain(&error),
+                    "status not written"
+                );
                 // The write may have been applied and its answer lost; a fresh look tells.
                 self.written = None;
-                self.later();
+                self.rewrite_at = Some(Instant::now() + jittered(wait));
             }
         }
-    }
-
-    /// Looks again in a while, by itself.
-    fn later(&self) {
-        let trigger = self.trigger.clone();
-        tokio::spawn(async move {
-            tokio::time::sleep(jittered(Duration::from_millis(250))).await;
-            trigger.wake("status not written");
-        });
     }
 }
 
@@ -544,7 +562,30 @@ fn local(reason: Reason) -> bool {
 
 enum Failed {
     Aborted,
-    Step { reason: Reason, message: String, retryable: bool },
+    Step(Failure),
+}
+
+/// Why a step failed, as far as the loop cares.
+struct Failure {
+    reason: Reason,
+    message: String,
+    retryable: bool,
+    retry_after: Option<Duration>,
+}
+
+impl Failure {
+    fn of(error: &StepError) -> Self {
+        Self {
+            reason: error.reason(),
+            message: chain(error),
+            retryable: error.retryable(),
+            retry_after: error.retry_after(),
+        }
+    }
+
+    fn no_progress(message: String) -> Self {
+        Self { reason: Reason::RuntimeFailed, message, retryable: true, retry_after: None }
+    }
 }
 
 /// What people are told by Events: at most one for a change.

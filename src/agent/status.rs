@@ -364,9 +364,15 @@ fn judge(
             }
             State::Refused(refusal) => Verdict::stalled(phase_of_task, refusal.reason, &refusal.message),
             State::Foreign { why } => Verdict::stalled(
-                Phase::Failed,
+                match observed.container {
+                    Container::Garbled { .. } => phase_of_task,
+                    _ => Phase::Failed,
+                },
                 Reason::ForeignContainer,
-                format!("containerd has a container {} that is not this bot's ({why}); remove it by hand", desired.id),
+                format!(
+                    "containerd has a container {} that can't be told to be this bot's ({why}); remove it by hand",
+                    desired.id
+                ),
             ),
             State::ImageChange => Verdict::stalled(
                 phase_of_task,
@@ -381,6 +387,10 @@ fn judge(
 fn running(observed: &Observed, record: Option<&Record>, gone: bool) -> (Option<bool>, Reason, String) {
     if gone {
         return (Some(false), Reason::Removed, "nothing of the bot is left on its node".into());
+    }
+    if let Container::Foreign { .. } = observed.container {
+        // What runs in it is not the bot.
+        return (Some(false), Reason::ForeignContainer, "the bot has no process of its own".into());
     }
     if let Some(why) = unclear(observed, record) {
         return (None, Reason::RuntimeFailed, why.into());

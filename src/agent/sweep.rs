@@ -132,6 +132,9 @@ impl Sweeper {
             let age = now.duration_since(since);
             if age < self.grace {
                 found.wait = found.wait.min(self.grace - age + Duration::from_millis(100));
+            } else if self.lives(&uid, &owner).await? {
+                tracing::warn!(%uid, namespace = owner.namespace, name = owner.name, "a list of the BotContainers lacked one");
+                self.since.remove(&uid);
             } else {
                 found.orphans.push(Orphan { uid, owner });
                 // Whether it was really removed, the next look tells.
@@ -195,6 +198,17 @@ impl Sweeper {
             found.entry(uid).or_default();
         }
         Ok(found)
+    }
+
+    /// Asks for the object itself, by the name that is on what was found: a list may be cut short and not say so, and what
+    /// is removed is gone. Lists alone decide where there is no name, which is where there is no layer either.
+    async fn lives(&self, uid: &BotUid, owner: &Owner) -> Result<bool, SweepFailed> {
+        if owner.namespace.is_empty() || owner.name.is_empty() {
+            return Ok(false);
+        }
+        let api: Api<BotContainer> = Api::namespaced(self.client.clone(), &owner.namespace);
+        let live = api.get_metadata_opt(&owner.name).await.map_err(|error| SweepFailed::Api(Box::new(error)))?;
+        Ok(live.is_some_and(|live| live.metadata.uid.as_deref() == Some(uid.as_str())))
     }
 
     /// The uids of all BotContainers: a complete list, from etcd rather than from a cache that may be behind.

@@ -120,6 +120,7 @@ reasons! {
     TaskLost => "The process ended while nobody could watch (the node restarted, or its shim died).",
     InvalidSpec => "The spec can't be run on this node; the message names the field and what is right.",
     ConfigNotFound => "A Secret or ConfigMap that the spec names is missing or lacks the key; create it.",
+    ConfigUnreadable => "The API server did not give a Secret, ConfigMap or RuntimeClass that the spec names; the message has its words. It is tried again.",
     ForeignContainer => "A container of this name exists in containerd that is not Berth's; remove it by hand.",
     RuntimeUnavailable => "containerd on the node can't be reached; it is tried again.",
     RuntimeFailed => "containerd or runc refused a step; the message has its words. It is tried again.",

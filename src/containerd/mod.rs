@@ -64,6 +64,19 @@ impl CallFailed {
     pub fn is_unavailable(&self) -> bool {
         self.status.code() == Code::Unavailable || std::error::Error::source(&*self.status).is_some()
     }
+
+    /// Whether containerd, its shim or runc failed for the node's disk. gRPC has no code for that (1.6 to 2.x answer
+    /// Unknown), so the words of strerror(3) that Go repeats are all there is; a miss only makes the reason less exact.
+    pub fn is_storage(&self) -> bool {
+        const WORDS: [&str; 5] = [
+            "no space left on device",
+            "read-only file system",
+            "input/output error",
+            "disk quota exceeded",
+            "structure needs cleaning",
+        ];
+        WORDS.iter().any(|words| self.status.message().contains(words))
+    }
 }
 
 /// Adds to a gRPC answer which call it belongs to.

@@ -44,8 +44,8 @@ use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::node::v1::RuntimeClass;
+use kube::Client;
 use kube::api::{Api, PatchParams};
-use kube::{Client, Config};
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -259,8 +259,7 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
         retry: Duration::from_secs(args.leader_retry_seconds),
     }
     .check()?;
-    let config = Config::infer().await.context("no way to a cluster; set KUBECONFIG, or run in a Pod")?;
-    let client = Client::try_from(config).context("can't make a client of the cluster's configuration")?;
+    let client = crate::client::connect().await?;
 
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);

@@ -44,12 +44,16 @@ impl Default for CollectionPolicy {
 pub struct InUse(pub HashSet<String>);
 
 /// How full a file system is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FsUsage {
     /// Its size in bytes.
     pub capacity: u64,
     /// What may still be written, in bytes.
     pub available: u64,
+    /// How many files and folders it can hold; 0 where that is not fixed beforehand.
+    pub inodes: u64,
+    /// How many may still be made.
+    pub inodes_available: u64,
 }
 
 impl FsUsage {
@@ -60,16 +64,22 @@ impl FsUsage {
         Ok(Self {
             capacity: stat.f_blocks.saturating_mul(stat.f_frsize),
             available: stat.f_bavail.saturating_mul(stat.f_frsize),
+            inodes: stat.f_files,
+            inodes_available: stat.f_favail,
         })
     }
 
-    /// In percent, rounded up as `df` does. An unreadable size counts as empty: nothing is removed on it.
-    fn percent(self) -> u64 {
-        let used = self.capacity.saturating_sub(self.available);
-        match self.capacity {
+    /// How full it is in percent, rounded up as `df` does: in bytes or in inodes, whichever is more, since either ends
+    /// all writing. An unreadable size counts as empty: nothing is removed on it.
+    pub fn percent(self) -> u64 {
+        let percent = |all: u64, left: u64| match all {
             0 => 0,
-            capacity => u64::try_from((u128::from(used) * 100).div_ceil(u128::from(capacity))).unwrap_or(100),
-        }
+            all => {
+                let used = u128::from(all.saturating_sub(left));
+                u64::try_from((used * 100).div_ceil(u128::from(all))).unwrap_or(100)
+            }
+        };
+        percent(self.capacity, self.available).max(percent(self.inodes, self.inodes_available))
     }
 }
 
@@ -297,7 +307,7 @@ mod tests {
         for (capacity, available, percent) in
             [(100, 15, 85), (1000, 149, 86), (0, 0, 0), (100, 200, 0), (u64::MAX, 0, 100)]
         {
-            assert_eq!(FsUsage { capacity, available }.percent(), percent);
+            assert_eq!(FsUsage { capacity, available, ..FsUsage::default() }.percent(), percent);
         }
     }
 }

@@ -279,22 +279,9 @@ impl ImageError {
 fn runtime_reason(error: &CallFailed) -> Reason {
     if error.is_unavailable() {
         Reason::RuntimeUnavailable
-    } else if is_storage(error) {
+    } else if error.is_storage() {
         Reason::StorageFailed
     } else {
         Reason::RuntimeFailed
     }
-}
-
-/// Whether containerd failed for its disk. gRPC has no code for that (1.6 to 2.x answer Unknown), so the words of
-/// strerror(3) that Go repeats are all there is; a miss only makes the reason less exact.
-pub(crate) fn is_storage(error: &CallFailed) -> bool {
-    const WORDS: [&str; 5] = [
-        "no space left on device",
-        "read-only file system",
-        "input/output error",
-        "disk quota exceeded",
-        "structure needs cleaning",
-    ];
-    WORDS.iter().any(|w| error.status.message().contains(w))
 }

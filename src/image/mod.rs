@@ -41,7 +41,7 @@ pub use config::RunConfig;
 pub use credentials::{BadCredentials, Credentials};
 pub use error::{Flaw, ImageError, Tried};
 pub use reference::{BadReference, Digest, Reference};
-pub use registry::{BadMirror, Mirror};
+pub use registry::{Authority, BadAuthorities, BadMirror, Mirror};
 
 use crate::containerd::Containerd;
 use credentials::Login;
@@ -51,6 +51,8 @@ use credentials::Login;
 pub struct ImageOptions {
     /// Asked before the registry itself, in order.
     pub mirrors: Vec<Mirror>,
+    /// Who registries are trusted by, beside the machine's own authorities.
+    pub authorities: Vec<Authority>,
     /// The most that the layers of one image may add on the disk, unpacked, in bytes. Measured while it unpacks, every
     /// 200 ms, so what a bomb writes before it is stopped is that more.
     pub max_unpacked_bytes: u64,
@@ -74,6 +76,7 @@ impl Default for ImageOptions {
     fn default() -> Self {
         Self {
             mirrors: Vec::new(),
+            authorities: Vec::new(),
             max_unpacked_bytes: 64 << 30,
             max_unpacked_inodes: 4_000_000,
             max_manifest_bytes: 4 << 20,
@@ -153,7 +156,7 @@ impl Images {
     pub fn new(containerd: Containerd, options: ImageOptions) -> Self {
         let inner = Inner {
             store: store::Store::new(containerd),
-            clients: registry::Clients::default(),
+            clients: registry::Clients::new(options.authorities.clone()),
             options,
             platform: manifest::Platform::host(),
             turns: store::Turns::default(),

@@ -27,7 +27,7 @@ use tonic::Code;
 
 use super::config::{self, ImageConfig};
 use super::credentials::Credentials;
-use super::error::{Flaw, ImageError, is_storage};
+use super::error::{Flaw, ImageError};
 use super::manifest::{self, Descriptor, ImageManifest, Manifest};
 use super::reference::{Digest, Reference};
 use super::registry::{Session, endpoints};
@@ -683,7 +683,7 @@ impl Pull<'_> {
     /// containerd could not unpack: for its own disk, or because these bytes are no layer.
     fn unpack_failed(&self, layer: &Descriptor, error: CallFailed) -> ImageError {
         // What it can't decode comes as Unknown; what it means by itself has a code.
-        if error.status.code() == Code::Unknown && !error.is_unavailable() && !is_storage(&error) {
+        if error.status.code() == Code::Unknown && !error.is_unavailable() && !error.is_storage() {
             let words = crate::api::condition::cut(error.status.message(), 300);
             return corrupt(self.reference, format!("layer {}", layer.digest), Flaw::Unpack(words));
         }
@@ -720,7 +720,10 @@ impl Pull<'_> {
 fn passing(error: &ImageError) -> bool {
     match error {
         ImageError::Unreachable { .. } | ImageError::CutOff { .. } | ImageError::Stalled { .. } => true,
-        ImageError::RegistryRefused { status, .. } => *status == 429 || *status >= 500,
+        // Not if it says when it wants to be asked again: then the whole pull waits.
+        ImageError::RegistryRefused { status, retry_after, .. } => {
+            retry_after.is_none() && (*status == 429 || *status >= 500)
+        }
         _ => false,
     }
 }

@@ -143,15 +143,46 @@ fn is_loopback(host: &str) -> bool {
     name == "localhost" || name.parse::<Ipv4Addr>().is_ok_and(|a| a.is_loopback())
 }
 
+/// An authority that signs certificates of registries.
+#[derive(Clone, Debug)]
+pub struct Authority(reqwest::Certificate);
+
+/// A text without certificates that can be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BadAuthorities {
+    /// Something in it is no certificate.
+    #[error("a certificate can't be read")]
+    Unreadable(#[from] reqwest::Error),
+    /// There is none in it.
+    #[error("there is no certificate in it")]
+    None,
+}
+
+impl Authority {
+    /// All certificates of a PEM text, at least one.
+    pub fn parse_all(pem: &[u8]) -> Result<Vec<Self>, BadAuthorities> {
+        match reqwest::Certificate::from_pem_bundle(pem)? {
+            none if none.is_empty() => Err(BadAuthorities::None),
+            all => Ok(all.into_iter().map(Self).collect()),
+        }
+    }
+}
+
 /// The HTTP clients, made at first use: reading the CA certificates takes time and memory, and a node with a loopback
 /// registry alone need not have any.
 #[derive(Default)]
 pub(crate) struct Clients {
     loopback: Mutex<Option<Client>>,
     outside: Mutex<Option<Client>>,
+    authorities: Vec<Authority>,
 }
 
 impl Clients {
+    /// `authorities` are trusted beside the machine's own.
+    pub fn new(authorities: Vec<Authority>) -> Self {
+        Self { authorities, ..Self::default() }
+    }
+
     fn get(&self, endpoint: &Endpoint) -> Result<Client, ImageError> {
         let plain = endpoint.loopback && endpoint.origin.starts_with("http://");
         let slot = if plain { &self.loopback } else { &self.outside };
@@ -166,6 +197,8 @@ impl Clients {
         if plain {
             // A proxy can't reach this machine's loopback, and nothing there speaks TLS unless it redirects.
             builder = builder.no_proxy().tls_certs_only([]);
+        } else if !self.authorities.is_empty() {
+            builder = builder.tls_certs_merge(self.authorities.iter().map(|authority| authority.0.clone()));
         }
         let client = builder.build().map_err(|e| ImageError::NoClient(Arc::new(e)))?;
         *slot = Some(client.clone());

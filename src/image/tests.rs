@@ -291,6 +291,76 @@ async fn logins_are_tried_in_order_by_basic_and_bearer() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_server_that_misbehaves_has_its_reason_and_gets_no_login_by_a_detour() {
+    let (node, registry, other) = (Node::start().await, Registry::start().await, Registry::start().await);
+    let images = node.images(hasty());
+    registry.push("v1", &image(&[layer(Packed::Gzip, EXAMPLE)]));
+    let (login, header) = login_for(&registry, "bot", "geheim");
+    registry.content().wants = Wants::Bearer(header);
+    let reference = registry.reference("a:v1");
+    use Reason::*;
+    for (fault, reason) in [
+        (Fault::Silence, RegistryUnavailable),
+        (Fault::Status(500), RegistryUnavailable),
+        (Fault::Later(7), RegistryUnavailable),
+        (Fault::Status(401), ImageAuthFailed),
+        (Fault::Status(404), ImageAuthFailed),
+        (Fault::Endless, ImageTooLarge),
+        (Fault::Bytes(b"no JSON".to_vec()), ImageCorrupt),
+        (Fault::Bytes(b"{}".to_vec()), ImageAuthFailed),
+        (Fault::Bytes(b"{\"token\":\"a\\nb\"}".to_vec()), ImageCorrupt),
+        // Round in a circle, and to somebody who is not to see the password.
+        (Fault::Redirect("/token".to_owned()), RegistryUnavailable),
+        (Fault::Redirect(format!("http://{}/token", other.host)), ImageAuthFailed),
+    ] {
+        registry.fault("/token", [fault]);
+        let error = images.pull(&reference, SNAPSHOTTER, &login).await.unwrap_err();
+        assert_eq!(error.reason(), reason, "{}", chain(&error));
+        assert!(!chain(&error).contains("geheim"), "{}", chain(&error));
+        node.wait_for_nothing().await;
+    }
+    assert!(other.asked("GET", "/token") > 0, "the detour was taken");
+    assert_eq!(other.content().shown, Vec::<String>::new(), "a login went where the registry did not send it");
+    registry.content().faults.clear();
+    images.pull(&reference, SNAPSHOTTER, &login).await.unwrap();
+}
+
+/// Harm done: a registry that had asked to be left alone was asked five times for each blob within three seconds.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_wants_to_be_left_alone_is() {
+    let (node, registry) = (Node::start().await, Registry::start().await);
+    let images = node.images(hasty());
+    let made = image(&[layer(Packed::Gzip, EXAMPLE)]);
+    registry.push("v1", &made);
+    let blob = Digest::of(&made.layers[0].blob).to_string();
+    for path in ["manifests/v1", &blob] {
+        registry.content().faults.clear();
+        registry.fault(path, [Fault::Later(77)]);
+        registry.content().requests.clear();
+        let error = pull(&images, &registry.reference("a:v1")).await.unwrap_err();
+        assert_eq!(error.retry_after(), Some(Duration::from_secs(77)), "{}", chain(&error));
+        assert_eq!(registry.content().requests.iter().filter(|r| r.ends_with(path)).count(), 1, "{path}");
+        node.wait_for_nothing().await;
+    }
+    registry.content().faults.clear();
+    pull(&images, &registry.reference("a:v1")).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn indexes_within_indexes_are_followed_so_far_and_no_further() {
+    let (node, registry) = (Node::start().await, Registry::start().await);
+    let images = node.images(hasty());
+    let made = image(&[layer(Packed::Gzip, EXAMPLE)]);
+    registry.push_deep("three", &made, 3);
+    registry.push_deep("four", &made, 4);
+    let error = pull(&images, &registry.reference("a:four")).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::ImageCorrupt, "{}", chain(&error));
+    node.wait_for_nothing().await;
+    let pulled = pull(&images, &registry.reference("a:three")).await.unwrap();
+    assert_eq!(images.find(&registry.reference("a:three"), SNAPSHOTTER).await.unwrap(), Some(pulled));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pull_that_nobody_waits_for_leaves_nothing() {
     let (node, registry) = (Node::start().await, Registry::start().await);
     let images = node.images(ImageOptions { stall_timeout: Duration::from_secs(60), ..hasty() });
@@ -481,19 +551,76 @@ async fn collection_takes_the_unused_and_leaves_what_a_layer_stands_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_real_registry_serves_a_real_program() {
-    use oci_client::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
     let node = Node::start().await;
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let folder = node.root().join("registry");
-    std::fs::create_dir_all(&folder).unwrap();
+    let port = free_port();
+    let mut server = docker_registry(node.root(), "registry", port, "").await;
+    let busybox = std::fs::read("/bin/busybox").expect("busybox-static is installed");
+    let made = image(&[layer(Packed::Gzip, &[("busybox", &busybox)])]);
+    let reference = push(port, "team/busybox:1", &made).await;
+
+    let images = node.images(ImageOptions::default());
+    let pulled = pull(&images, &reference).await.unwrap();
+    assert_eq!(node.read(&pulled, "busybox").await, Some(busybox));
+    assert_eq!(pull(&images, &reference).await.unwrap(), pulled);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    assert_eq!(pull(&images, &reference).await.unwrap_err().reason(), Reason::RegistryUnavailable);
+    assert_eq!(images.find(&reference, SNAPSHOTTER).await.unwrap(), Some(pulled));
+}
+
+/// Debian's registry over TLS, with a certificate of an authority that no machine knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_of_a_private_authority_is_trusted_when_that_is_given() {
+    let node = Node::start().await;
+    let dir = node.root().join("private");
+    std::fs::create_dir_all(&dir).unwrap();
+    let script = "openssl ecparam -name prime256v1 -genkey -noout -out ca.key && \
+         openssl req -x509 -new -key ca.key -subj /CN=private -days 9 -addext keyUsage=critical,keyCertSign -out ca.crt && \
+         openssl ecparam -name prime256v1 -genkey -noout -out own.key && \
+         openssl req -new -key own.key -subj /CN=registry -out own.csr && \
+         printf 'subjectAltName=IP:127.0.0.1\\nextendedKeyUsage=serverAuth\\n' >own.ext && \
+         openssl x509 -req -in own.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 9 -extfile own.ext -out own.crt";
+    let made = std::process::Command::new("sh").args(["-c", script]).current_dir(&dir).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let (plain, tls) = (free_port(), free_port());
+    let mut push_side = docker_registry(&dir, "plain", plain, "").await;
+    let files = format!("tls: {{certificate: {0}/own.crt, key: {0}/own.key}}", dir.display());
+    let mut tls_side = docker_registry(&dir, "tls", tls, &files).await;
+    push(plain, "team/bot:1", &image(&[layer(Packed::Gzip, EXAMPLE)])).await;
+
+    // On loopback a registry speaks plain HTTP unless a mirror's URL says otherwise.
+    let mirrors = vec![format!("registry.invalid=https://127.0.0.1:{tls}").parse().unwrap()];
+    let reference = Reference::parse("registry.invalid/team/bot:1").unwrap();
+    let stranger = node.images(ImageOptions { mirrors: mirrors.clone(), ..hasty() });
+    let error = pull(&stranger, &reference).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::RegistryUnavailable, "{}", chain(&error));
+    let authorities = Authority::parse_all(&std::fs::read(dir.join("ca.crt")).unwrap()).unwrap();
+    let images = node.images(ImageOptions { mirrors, authorities, ..hasty() });
+    pull(&images, &reference).await.unwrap();
+    assert!(Authority::parse_all(b"").is_err() && Authority::parse_all(b"no certificate").is_err());
+    for server in [&mut push_side, &mut tls_side] {
+        server.kill().unwrap();
+        server.wait().unwrap();
+    }
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Debian's registry on the storage `DIR/storage`; `more` goes into the section `http` of its configuration.
+async fn docker_registry(dir: &Path, name: &str, port: u16, more: &str) -> std::process::Child {
+    let separator = if more.is_empty() { "" } else { ", " };
     let config = format!(
-        "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n",
-        folder.display()
+        "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\n\
+         http: {{addr: '127.0.0.1:{port}'{separator}{more}}}\n",
+        dir.join("storage").display()
     );
-    std::fs::write(folder.join("config.yml"), config).unwrap();
-    let mut server = std::process::Command::new("docker-registry")
+    let file = dir.join(format!("{name}.yml"));
+    std::fs::write(&file, config).unwrap();
+    let server = std::process::Command::new("docker-registry")
         .arg("serve")
-        .arg(folder.join("config.yml"))
+        .arg(file)
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()
@@ -503,21 +630,16 @@ async fn a_real_registry_serves_a_real_program() {
         assert!(Instant::now() < until, "the registry did not start");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let busybox = std::fs::read("/bin/busybox").expect("busybox-static is installed");
-    let made = image(&[layer(Packed::Gzip, &[("busybox", &busybox)])]);
+    server
+}
+
+/// Pushes an image to a real registry that speaks plain HTTP.
+async fn push(port: u16, name: &str, made: &Made) -> Reference {
+    use oci_client::client::{ClientConfig, ClientProtocol, Config, ImageLayer};
     let client = oci_client::Client::new(ClientConfig { protocol: ClientProtocol::Http, ..ClientConfig::default() });
-    let name: oci_client::Reference = format!("127.0.0.1:{port}/team/busybox:1").parse().unwrap();
+    let name: oci_client::Reference = format!("127.0.0.1:{port}/{name}").parse().unwrap();
     let layers = [ImageLayer::oci_v1_gzip(made.layers[0].blob.clone(), None)];
     let config = Config::oci_v1(made.config.clone(), None);
     client.push(&name, &layers, config, &oci_client::secrets::RegistryAuth::Anonymous, None).await.unwrap();
-
-    let images = node.images(ImageOptions::default());
-    let reference = Reference::parse(&name.to_string()).unwrap();
-    let pulled = pull(&images, &reference).await.unwrap();
-    assert_eq!(node.read(&pulled, "busybox").await, Some(busybox));
-    assert_eq!(pull(&images, &reference).await.unwrap(), pulled);
-    server.kill().unwrap();
-    server.wait().unwrap();
-    assert_eq!(pull(&images, &reference).await.unwrap_err().reason(), Reason::RegistryUnavailable);
-    assert_eq!(images.find(&reference, SNAPSHOTTER).await.unwrap(), Some(pulled));
+    Reference::parse(&name.to_string()).unwrap()
 }

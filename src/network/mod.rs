@@ -353,7 +353,7 @@ impl Inner {
         }
         self.write(id, owner, Stage::Adding)?;
         let netns = self.netns(id);
-        let made = namespace::create(netns.clone()).await.map_err(namespace_failed("make", &netns));
+        let made = self.make_namespace(&netns).await;
         match made.and_then(|namespace| self.write(id, owner, Stage::Loopback { namespace })) {
             Ok(()) => Ok(Attachment { netns, ips: Vec::new(), host_interface: String::new(), gateway: None }),
             Err(error) => {
@@ -361,6 +361,11 @@ impl Inner {
                 Err(error)
             }
         }
+    }
+
+    async fn make_namespace(&self, path: &Path) -> Result<Identity, NetworkError> {
+        namespace::make_file(path).map_err(storage("make", path))?;
+        namespace::create(path.to_owned()).await.map_err(namespace_failed("make", path))
     }
 
     async fn attach_or_undo(
@@ -405,7 +410,7 @@ impl Inner {
         let netns = self.netns(id);
         let namespace = match made {
             Some(namespace) => namespace,
-            None => namespace::create(netns.clone()).await.map_err(namespace_failed("make", &netns))?,
+            None => self.make_namespace(&netns).await?,
         };
 
         let config = plugin::config(bridge, self.options.mtu, Some(cidr), &self.leases_root);

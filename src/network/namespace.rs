@@ -127,10 +127,6 @@ fn create_here(path: &Path) -> io::Result<Identity> {
     // SAFETY: only FILES is unsafe to unshare; this takes a new network namespace for this thread alone.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)? };
     netlink::loopback_up()?;
-    match std::fs::OpenOptions::new().write(true).create_new(true).open(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        opened => drop(opened?),
-    }
     mount_bind("/proc/thread-self/ns/net", path)?;
     match look(path)? {
         Mounted::Namespace(identity) => Ok(identity),
@@ -138,7 +134,16 @@ fn create_here(path: &Path) -> io::Result<Identity> {
     }
 }
 
-/// Makes a network namespace with its loopback up and mounts it at `path`.
+/// Makes the file that a namespace is mounted on. Apart from [`create`], since a disk that is full says so here, and the
+/// same word there means that the kernel takes no more namespaces or mounts. Fine when it is there.
+pub(super) fn make_file(path: &Path) -> io::Result<()> {
+    match std::fs::OpenOptions::new().write(true).create_new(true).open(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made.map(drop),
+    }
+}
+
+/// Makes a network namespace with its loopback up and mounts it at `path`, where a file is.
 pub(super) async fn create(path: PathBuf) -> io::Result<Identity> {
     let (done, made) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("netns".to_owned()).spawn(move || {

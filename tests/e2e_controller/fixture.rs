@@ -21,6 +21,8 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use serde_json::{Value, json};
 
+use crate::proxy::Proxy;
+
 /// Seconds; short, so that a node's loss need not be waited for long.
 pub const NODE_LEASE: i32 = 3;
 
@@ -245,8 +247,22 @@ impl Cluster {
         (Api::namespaced(self.client.clone(), SYSTEM_NAMESPACE), &self.leader)
     }
 
+    /// A proxy in front of the API server.
+    pub async fn proxy(&self) -> Proxy {
+        Proxy::start(&SERVERS.get().unwrap().kubeconfig).await
+    }
+
     /// Starts a controller; it is killed when dropped.
     pub async fn controller(&self) -> Controller {
+        self.start(&SERVERS.get().unwrap().kubeconfig).await
+    }
+
+    /// One that speaks to the API server through a proxy.
+    pub async fn controller_through(&self, proxy: &Proxy) -> Controller {
+        self.start(Path::new(proxy.kubeconfig())).await
+    }
+
+    async fn start(&self, kubeconfig: &Path) -> Controller {
         let servers = SERVERS.get().unwrap();
         let port = free_port();
         let log = servers.root.join(format!("{}-{port}.log", self.leader));
@@ -255,13 +271,13 @@ impl Cluster {
             .args(["controller", "--log-filter", "info,berth=debug", "--cluster-cidr", "10.208.0.0/20"])
             .args(["--leader-name", &self.leader, "--health-address", &format!("127.0.0.1:{port}")])
             .args(["--leader-lease-seconds", "3", "--leader-renew-seconds", "2", "--leader-retry-seconds", "1"])
-            .env("KUBECONFIG", &servers.kubeconfig)
+            .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null())
             .stdout(file.try_clone().unwrap())
             .stderr(file)
             .spawn()
             .unwrap();
-        let controller = Controller { child, log };
+        let controller = Controller { child, log, port };
         eventually("a controller that has its lists", Duration::from_secs(20), || async {
             let log = controller.log();
             log.contains("all lists are done").then_some(()).ok_or(log)
@@ -411,6 +427,7 @@ fn conditions_are_a_map(schema: &mut JSONSchemaProps) {
 pub struct Controller {
     child: Child,
     log: PathBuf,
+    port: u16,
 }
 
 impl Controller {
@@ -421,6 +438,18 @@ impl Controller {
     pub fn signal(&self, signal: &str) {
         let done = Command::new("kill").args([&format!("-{signal}"), &self.child.id().to_string()]).status().unwrap();
         assert!(done.success());
+    }
+
+    /// A number of its metrics: that of the lines which begin so, added up.
+    pub async fn metric(&self, begins: &str) -> f64 {
+        let text = reqwest::get(format!("http://127.0.0.1:{}/metrics", self.port)).await.unwrap().text().await.unwrap();
+        let found = text.lines().filter(|line| line.starts_with(begins));
+        found.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
+    }
+
+    /// Whether it has not ended.
+    pub fn lives(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
     }
 
     /// Whether it took the lead since it began.

@@ -78,3 +78,50 @@ async fn bots_that_behave_badly_are_their_own_trouble() {
     }
     scene.end().await;
 }
+
+/// Harm done: sixteen bots with an image that hung had all the turns of the node, and nobody else was started, stopped or
+/// deleted for a minute at a time.
+#[tokio::test]
+async fn bots_that_wait_for_a_registry_that_hangs_hold_up_no_others() {
+    let scene = Scene::new("turns").await;
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let leaves = scene.apply(counting("leaves")).await;
+    scene.phase("leaves", Phase::Running).await;
+    for n in 0..40 {
+        // Each another image, so that no two share a pull.
+        let image = format!("{}/berth/bot-{n}:1", silent.local_addr().unwrap());
+        scene.apply(counting(&format!("waits-{n}")).image(&image)).await;
+    }
+    for n in 0..40 {
+        scene.phase(&format!("waits-{n}"), Phase::Starting).await;
+    }
+    let good = scene.apply(counting("good")).await;
+    scene.ns.phase("good", Phase::Running, Duration::from_secs(30)).await;
+    scene.started(&good, 1).await;
+    scene.apply(counting("leaves").stopped()).await;
+    scene.ns.phase("leaves", Phase::Stopped, Duration::from_secs(30)).await;
+    scene.diary(&leaves).assert_starts(1, "leaves");
+    scene.end().await;
+}
+
+/// A million names cost an inode each, and the collector removes them after the bot is gone.
+#[tokio::test]
+async fn a_bot_with_very_many_files_is_stopped_started_and_deleted_as_any() {
+    let scene = Scene::new("files").await;
+    let script = "mkdir -p /data/many; cd /data/many; for d in $(seq 200); do mkdir $d; (cd $d; touch $(seq 500)); done; \
+                  echo done >/data/done; trap 'exit 0' TERM; sleep 100000 & wait";
+    let hoard = scene.apply(diarist("hoard", script).with(|spec| spec.termination_grace_period_seconds = 60)).await;
+    let calm = scene.apply(counting("calm")).await;
+    scene.phase("hoard", Phase::Running).await;
+    let done = scene.layer(&hoard).join("data/done");
+    wait_for("a hundred thousand files", SOON * 2, || async {
+        if done.exists() { Ok(()) } else { Err("not yet".to_owned()) }
+    })
+    .await;
+    scene.apply(diarist("hoard", script).stopped()).await;
+    scene.phase("hoard", Phase::Stopped).await;
+    scene.ns.delete("hoard", SOON).await;
+    scene.phase("calm", Phase::Running).await;
+    scene.diary(&calm).assert_starts(1, "calm");
+    scene.end().await;
+}

@@ -6,6 +6,9 @@ use std::time::Duration;
 use berth::api::BotContainer;
 use berth::api::bot_container::{Phase, RestartPolicy};
 
+use berth::api::condition::{ConditionType, Reason, find};
+use berth::containerd::Containerd;
+
 use crate::common::{SOON, run, wait_for};
 use crate::scene::{Scene, counting, diarist, id};
 use crate::servers::kill;
@@ -220,5 +223,70 @@ async fn what_is_not_berths_in_its_namespace_is_left_alone() {
     scene.diary(&bot).assert_starts(1, "web");
     scene.agent.ctr(["tasks", "delete", "--force", "foreign"]);
     scene.agent.ctr(["containers", "delete", "foreign"]);
+    scene.end().await;
+}
+
+/// Harm done: a bot whose note was written over was taken for a stranger for ever. Deleted, its object went and its
+/// process ran on, which no sweep ever ended.
+#[tokio::test]
+async fn a_note_that_somebody_wrote_over_is_told_and_goes_with_its_bot() {
+    let scene = Scene::new("garbled").await;
+    let bot = scene.running("web").await;
+    let mended = scene.running("mended").await;
+    let pid = scene.pid("web").await;
+    for bot in [&bot, &mended] {
+        garble(&scene, &id(bot)).await;
+    }
+    for name in ["web", "mended"] {
+        scene.touch(name).await;
+        let seen = scene
+            .ns
+            .until(name, "told", SOON, |bot| {
+                let conditions = bot.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+                find(conditions, ConditionType::Ready).is_some_and(|c| c.reason == Reason::ForeignContainer.as_str())
+            })
+            .await;
+        assert_eq!(seen.status.unwrap().phase, Some(Phase::Running), "it runs all the same");
+    }
+    assert!(std::path::Path::new(&format!("/proc/{pid}/exe")).exists());
+    // As the message says: removed by hand, it is made anew on its layer.
+    scene.agent.ctr(["tasks", "delete", "--force", &id(&mended)]);
+    scene.agent.ctr(["containers", "delete", "--keep-snapshot", &id(&mended)]);
+    scene.touch("mended").await;
+    scene.again("mended", &mended, 2).await;
+    scene.ns.delete("web", SOON).await;
+    scene.end().await;
+}
+
+/// Writes over the agent's note on a container, as a program does that knows containerd's API and not us.
+async fn garble(scene: &Scene, id: &str) {
+    use containerd_client::services::v1::{Container, UpdateContainerRequest};
+    let address = std::path::Path::new(scene.agent.env("BERTH_CONTAINERD_ADDRESS"));
+    let containerd = Containerd::new(address, scene.agent.env("BERTH_CONTAINERD_NAMESPACE")).unwrap();
+    let note = prost_types::Any { type_url: "somebody/else".to_owned(), value: b"{\"uid\": ".to_vec() };
+    let container = Container {
+        id: id.to_owned(),
+        extensions: [("berth.dev/record".to_owned(), note)].into(),
+        ..Container::default()
+    };
+    let mask = prost_types::FieldMask { paths: vec!["extensions.berth.dev/record".to_owned()] };
+    let request = UpdateContainerRequest { container: Some(container), update_mask: Some(mask) };
+    containerd.containers().update(containerd.request(request)).await.unwrap();
+}
+
+/// The layer holds its parents and the bot's lease its image's config, whatever becomes of the image's name.
+#[tokio::test]
+async fn images_removed_by_hand_cost_no_bot_its_restart() {
+    let scene = Scene::new("imagerm").await;
+    let bot = scene.running("web").await;
+    for image in scene.agent.ctr(["images", "list", "-q"]).lines() {
+        scene.agent.ctr(["images", "remove", "--sync", image]);
+    }
+    collect(&scene);
+    scene.agent.ctr(["tasks", "kill", "--signal", "SIGKILL", &id(&bot)]);
+    scene.again("web", &bot, 2).await;
+    let new = scene.apply(counting("new")).await;
+    scene.phase("new", Phase::Running).await;
+    scene.started(&new, 1).await;
     scene.end().await;
 }

@@ -14,6 +14,7 @@ use berth::api::ids::BotUid;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::common::{Agent, BotBuilder, Cluster, Controller, Leaks, Namespace, SOON, bot, wait_for};
+use crate::proxy::Proxy;
 
 /// Held for reading by tests that need the servers, for writing by those that take them down.
 static SERVERS: RwLock<()> = RwLock::const_new(());
@@ -55,10 +56,30 @@ impl Scene {
         Self::with(name, Servers::Mine(SERVERS.write().await), &[QUICK_SWEEP]).await
     }
 
+    /// One beside others, whose agent speaks to the API server through a proxy.
+    pub async fn behind(name: &str, env: &[(&str, &str)]) -> (Self, Proxy) {
+        let agent = Agent::prepare(Cluster::shared(), name);
+        let proxy = Proxy::start(Path::new(agent.env("KUBECONFIG"))).await;
+        let env = [&[("KUBECONFIG", proxy.kubeconfig())], env].concat();
+        (Self::prepared(name, agent, &env).await, proxy)
+    }
+
+    /// One beside others, with an agent that was prepared and not started.
+    pub async fn prepared(name: &str, mut agent: Agent, env: &[(&str, &str)]) -> Self {
+        let servers = Servers::Up(SERVERS.read().await);
+        Controller::shared(Cluster::shared());
+        agent.start_again(env).await;
+        Self::of(name, servers, agent).await
+    }
+
     async fn with(name: &str, servers: Servers, env: &[(&str, &str)]) -> Self {
         let cluster = Cluster::shared();
         Controller::shared(cluster);
-        let agent = Agent::start_with(cluster, name, env).await;
+        Self::of(name, servers, Agent::start_with(cluster, name, env).await).await
+    }
+
+    async fn of(name: &str, servers: Servers, agent: Agent) -> Self {
+        let cluster = Cluster::shared();
         let ns = Namespace::create(cluster, name).await;
         let watch = Watch::start(agent.env("BERTH_CGROUP_PARENT"));
         let mut scene = Self { watch, ns, agent, cluster, before: None, servers };
@@ -110,6 +131,13 @@ impl Scene {
             if diary.starts >= n { Ok(()) } else { Err(format!("{diary:?}")) }
         })
         .await;
+    }
+
+    /// A number of the agent's metrics: that of the lines which begin so, added up.
+    pub async fn metric(&self, begins: &str) -> f64 {
+        let (_, text) = self.agent.get("/metrics").await.unwrap();
+        let found = text.lines().filter(|line| line.starts_with(begins));
+        found.filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok()).sum()
     }
 
     /// Deletes what is left and checks what must hold in the end.

@@ -118,6 +118,43 @@ async fn a_process_that_containerd_lost_is_ended_before_its_end_is_noted_and_ano
     scene.end().await;
 }
 
+/// A containerd that answers nothing for a while, and a shim that does: neither costs a bot, and one bot's shim costs no
+/// other.
+#[tokio::test]
+async fn a_containerd_and_a_shim_that_hang_cost_no_bot() {
+    let scene = Scene::alone("hang").await;
+    let steady = scene.apply(counting("steady")).await;
+    let stuck = scene.apply(counting("stuck")).await;
+    for (name, bot) in [("steady", &steady), ("stuck", &stuck)] {
+        scene.phase(name, Phase::Running).await;
+        scene.started(bot, 1).await;
+    }
+    let pid = scene.pid("steady").await;
+    let shim = shims(&id(&stuck))[0];
+    kill("-STOP", shim);
+    scene.apply(counting("stuck").stopped()).await;
+    scene.touch("stuck").await;
+    let other = scene.apply(counting("other")).await;
+    scene.phase("other", Phase::Running).await;
+    scene.started(&other, 1).await;
+    kill("-CONT", shim);
+    scene.phase("stuck", Phase::Stopped).await;
+    scene.diary(&stuck).assert_starts(1, "stuck");
+
+    kill("-STOP", scene.cluster.pid("containerd"));
+    scene.apply(counting("stuck")).await;
+    scene.apply(counting("other").stopped()).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(Path::new(&format!("/proc/{pid}")).exists(), "it runs on");
+    kill("-CONT", scene.cluster.pid("containerd"));
+    scene.phase("other", Phase::Stopped).await;
+    scene.phase("stuck", Phase::Running).await;
+    scene.started(&stuck, 2).await;
+    scene.diary(&stuck).assert_starts(2, "stuck");
+    scene.diary(&steady).assert_starts(1, "steady");
+    scene.end().await;
+}
+
 /// A node without an API server: what runs, runs on, what ends is started again, nothing is removed.
 async fn api_away(name: &str, stop: impl FnOnce(&Scene), back: impl FnOnce(&Scene)) {
     let mut scene = Scene::alone(name).await;

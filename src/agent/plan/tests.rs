@@ -140,6 +140,7 @@ pub fn observed() -> impl Strategy<Value = Observed> {
         2 => Just(Container::Absent),
         6 => record().prop_map(|record| Container::Ours(Box::new(record))),
         1 => Just(Container::Foreign { why: "someone made it".into() }),
+        1 => Just(Container::Garbled { why: "someone wrote over it".into() }),
     ];
     let network = select(vec![Attached::Absent, Attached::Partial, Attached::Ready { ips: vec![] }, connected()]);
     let output = select(vec![Output::Absent, Output::Undrained, Output::Drained]);

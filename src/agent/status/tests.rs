@@ -228,7 +228,19 @@ fn rows() -> Vec<Row> {
             "Failed: a foreign container",
             ask_for(Mode::Running),
             Observed { container: Container::Foreign { why: "someone's".into() }, ..nothing() },
-            "Failed | Ready=False ForeignContainer | Running=False Stopped | - | Stalled=True ForeignContainer",
+            "Failed | Ready=False ForeignContainer | Running=False ForeignContainer | - | Stalled=True ForeignContainer",
+        ),
+        row(
+            "Failed: what runs in a foreign container is not the bot",
+            ask_for(Mode::Running),
+            Observed { container: Container::Foreign { why: "someone's".into() }, ..running() },
+            "Failed | Ready=False ForeignContainer | Running=False ForeignContainer | - | Stalled=True ForeignContainer",
+        ),
+        row(
+            "A note that somebody wrote over leaves what runs as it is",
+            ask_for(Mode::Running),
+            Observed { container: Container::Garbled { why: "no JSON".into() }, ..running() },
+            "Running | Ready=False ForeignContainer | Running=True Running | - | Stalled=True ForeignContainer",
         ),
         row(
             "A refused spec leaves what runs as it is",
@@ -462,7 +474,8 @@ proptest! {
         // Never Running on hearsay: the condition says what containerd says.
         let runs = find(&status.conditions, ConditionType::Running).unwrap().status == "True";
         let removed = matches!(next, Next::Settled { state: State::Removed, .. });
-        prop_assert_eq!(runs, matches!(observed.task, Task::Running { .. }) && !removed);
+        let bots_own = !matches!(observed.container, Container::Foreign { .. });
+        prop_assert_eq!(runs, matches!(observed.task, Task::Running { .. }) && !removed && bots_own);
         let times = status.transitions.iter().map(|t| &t.at).chain(status.task.iter().map(|t| &t.started_at));
         prop_assert!(times.into_iter().all(whole));
         if let Some(last) = &status.last_termination {

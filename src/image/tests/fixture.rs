@@ -197,6 +197,10 @@ pub enum Fault {
     Bytes(Vec<u8>),
     /// Never stops sending.
     Endless,
+    /// Too many requests; come again after so many seconds.
+    Later(u64),
+    /// Look there.
+    Redirect(String),
 }
 
 #[derive(Clone)]
@@ -214,6 +218,8 @@ pub struct Content {
     pub wants: Wants,
     pub ranges: bool,
     pub requests: Vec<String>,
+    /// What was shown as `Authorization`, in order.
+    pub shown: Vec<String>,
 }
 
 /// A registry on loopback.
@@ -233,6 +239,7 @@ impl Registry {
             wants: Wants::Nothing,
             ranges: true,
             requests: Vec::new(),
+            shown: Vec::new(),
         };
         let host = listener.local_addr().unwrap().to_string();
         let registry = Self { host, content: Arc::new(Mutex::new(content)) };
@@ -283,6 +290,21 @@ impl Registry {
         let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": entries});
         put(&mut self.content(), tag, &index)
     }
+
+    /// Puts an image there below so many indexes, each with the next one alone in it.
+    pub fn push_deep(&self, tag: &str, image: &Made, depth: usize) {
+        let mut digest = self.push(&format!("{tag}-0"), image);
+        let mut below = image.manifest.clone();
+        for level in 1..=depth {
+            let entry = json!({
+                "mediaType": below["mediaType"], "digest": digest.as_str(), "size": below.to_string().len(),
+                "platform": {"os": "linux", "architecture": std::env::consts::ARCH},
+            });
+            below = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [entry]});
+            let name = if level == depth { tag.to_owned() } else { format!("{tag}-{level}") };
+            digest = put(&mut self.content(), &name, &below);
+        }
+    }
 }
 
 pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
@@ -302,11 +324,19 @@ async fn answer(State(registry): State<Registry>, request: Request) -> Response 
     let (fault, wants) = {
         let mut content = registry.content();
         content.requests.push(format!("{} {path}", request.method()));
+        let shown = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
+        content.shown.extend(shown.map(str::to_owned));
         let faults = content.faults.iter_mut().find(|(end, _)| path.ends_with(end.as_str())).map(|(_, f)| f);
         let fault = faults.and_then(|f| if f.len() > 1 { f.pop_front() } else { f.front().cloned() });
         (fault, content.wants.clone())
     };
     if path == "/token" {
+        match fault {
+            Some(Fault::Bytes(bytes)) => return Response::new(Body::from(bytes)),
+            Some(Fault::Endless) => return Response::new(endless()),
+            Some(fault) => return serve(&registry, request.method(), &path, request.headers(), Some(fault)).await,
+            None => {}
+        }
         let shown = request.headers().get(header::AUTHORIZATION).and_then(|v| v.to_str().ok());
         let Wants::Bearer(login) = wants else { return status(404) };
         return match shown {
@@ -340,6 +370,16 @@ async fn serve(
     match &fault {
         Some(Fault::Status(code)) => return status(*code),
         Some(Fault::Silence) => return std::future::pending().await,
+        Some(Fault::Later(seconds)) => {
+            let mut refusal = status(429);
+            refusal.headers_mut().insert(header::RETRY_AFTER, (*seconds).into());
+            return refusal;
+        }
+        Some(Fault::Redirect(to)) => {
+            let mut away = status(307);
+            away.headers_mut().insert(header::LOCATION, to.parse().unwrap());
+            return away;
+        }
         _ => {}
     }
     let name = path.rsplit('/').next().unwrap();
@@ -375,9 +415,7 @@ async fn serve(
     let part = |n: usize| rest[..n.min(rest.len())].to_vec();
     let body = match fault {
         Some(Fault::Bytes(other)) => Body::from(other),
-        Some(Fault::Endless) => {
-            Body::from_stream(futures::stream::repeat(vec![b' '; 64 * 1024]).map(Ok::<_, std::io::Error>))
-        }
+        Some(Fault::Endless) => endless(),
         Some(Fault::Stall(n)) => {
             response = response.header(header::CONTENT_LENGTH, rest.len());
             let first = futures::stream::iter([Ok::<_, std::io::Error>(part(n))]);
@@ -395,6 +433,10 @@ async fn serve(
         _ => Body::from(rest),
     };
     response.body(body).unwrap()
+}
+
+fn endless() -> Body {
+    Body::from_stream(futures::stream::repeat(vec![b' '; 64 * 1024]).map(Ok::<_, std::io::Error>))
 }
 
 fn status(code: u16) -> Response {

@@ -321,7 +321,7 @@ impl World {
             (Goal::Retained { .. }, container, State::Removed) => {
                 put_away && no_process && layer.is_none() && *container == Container::Absent
             }
-            (_, Container::Foreign { .. }, state) => matches!(state, State::Foreign { .. }),
+            (_, Container::Foreign { .. } | Container::Garbled { .. }, state) => matches!(state, State::Foreign { .. }),
             (Goal::Stopped { .. }, _, State::Stopped) => {
                 put_away && no_process && record.is_none_or(|record| record.life == Life::Fresh)
             }
@@ -529,7 +529,10 @@ impl World {
     fn write_container(&mut self, desired: &Desired) -> Done {
         let alive = alive(desired)?;
         let Some(layer) = self.observed.layer.clone() else { return Err(Ended::Failed("no layer")) };
-        assert!(!matches!(self.observed.container, Container::Foreign { .. }), "a foreign container is written");
+        assert!(
+            matches!(self.observed.container, Container::Ours(_) | Container::Absent),
+            "a foreign container is written"
+        );
         let old = self.record().cloned();
         self.may()?;
         self.observed.files = false;
