@@ -428,7 +428,7 @@ impl BotLoop {
     fn failed(&mut self, step: Step, failure: Failure, bot: &BotContainer) {
         let Failure { reason, message, retryable, retry_after } = failure;
         let attempts = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |r| r.attempts) + 1;
-        let most = if local(reason) { RETRY_LOCAL_MOST } else { RETRY_MOST };
+        let most = if retryable && local(reason) { RETRY_LOCAL_MOST } else { RETRY_MOST };
         let wait = RETRY_FIRST.saturating_mul(1 << (attempts - 1).min(16)).min(most);
         let wait = wait.max(retry_after.unwrap_or_default());
         tracing::warn!(

@@ -89,6 +89,9 @@ pub enum EnvError {
         /// The key that it lacks; `None` when the object itself is missing.
         key: Option<String>,
     },
+    /// A value of a ConfigMap or Secret can't be a variable's.
+    #[error(transparent)]
+    BadValue(SpecError),
     /// The spec itself asks for what can't be.
     #[error(transparent)]
     InvalidSpec(#[from] SpecError),
@@ -99,7 +102,7 @@ impl EnvError {
     pub fn reason(&self) -> Reason {
         match self {
             Self::ConfigNotFound { .. } => Reason::ConfigNotFound,
-            Self::InvalidSpec(error) => error.reason(),
+            Self::BadValue(error) | Self::InvalidSpec(error) => error.reason(),
         }
     }
 
@@ -108,6 +111,8 @@ impl EnvError {
         match self {
             // The object may be created, and the agent does not watch it.
             Self::ConfigNotFound { .. } => true,
+            // Nor does it see that the value is corrected.
+            Self::BadValue(_) => true,
             Self::InvalidSpec(error) => error.retryable(),
         }
     }
@@ -265,10 +270,10 @@ fn key_of<'s>(
 }
 
 /// A value of a ConfigMap or Secret as text that the kernel takes. The error names the key, never the value.
-fn text(field: &str, key: &str, value: &[u8]) -> Result<String, SpecError> {
+fn text(field: &str, key: &str, value: &[u8]) -> Result<String, EnvError> {
     let refuse = |why: &str| {
         let right = "keep such a value in spec.files, or take it out of the object";
-        Err(SpecError::new(field, key, why, right))
+        Err(EnvError::BadValue(SpecError::new(field, key, why, right)))
     };
     if value.len() > MAX_STRING {
         return refuse(

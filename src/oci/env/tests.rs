@@ -299,6 +299,8 @@ fn no_error_tells_a_value_of_a_secret() {
         let refused = world().env(secret(key)).unwrap_err();
         let words = format!("{refused} {refused:?}");
         assert!(words.contains(key) && !words.contains("hunter"), "{words}");
+        // Was told as what only an edit of the bot helps against, though the Secret is what is wrong.
+        assert!(refused.retryable() && refused.reason() == Reason::InvalidSpec, "{words}");
     }
     let mut world = world();
     world.secrets.insert("bot".to_owned(), data(&[("token", "hunter2".repeat(20_000).as_bytes())]));
