@@ -124,11 +124,14 @@ impl Cgroups {
         self.parents().into_iter().map(|parent| parent.join(id.as_str())).collect()
     }
 
-    /// Every bot that has a cgroup below the parent, in whichever hierarchy.
-    pub fn list(&self) -> BTreeSet<BotUid> {
+    /// Every bot that has cgroups below the parent, in whichever hierarchy, and no process in them.
+    pub fn list_empty(&self) -> BTreeSet<BotUid> {
         let entries = self.parents().into_iter().flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten());
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter_map(|name| ContainerId::uid_of(&name)).collect()
+        let mut found: BTreeSet<BotUid> = names.filter_map(|name| ContainerId::uid_of(&name)).collect();
+        let groups = |uid: &BotUid| self.dirs(&uid.container_id()).into_iter().flat_map(|dir| tree(&dir));
+        found.retain(|uid| groups(uid).all(|group| procs(&group).is_empty()));
+        found
     }
 
     /// Kills every process in a bot's cgroups, and waits a moment until they are gone. Blocks.
@@ -179,14 +182,16 @@ fn tree(group: &Path) -> Vec<PathBuf> {
 /// Kills what is in one cgroup. Each process is asked for again once its descriptor is held: the number alone may be
 /// another's by then.
 fn kill_in(group: &Path) -> Vec<OwnedFd> {
-    let procs = || -> BTreeSet<u32> {
-        let text = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-        text.lines().filter_map(|pid| pid.parse().ok()).collect()
-    };
-    let held = procs().into_iter().filter_map(|pid| Some((pid, descriptor(pid)?))).collect::<Vec<_>>();
-    let still = procs();
+    let held = procs(group).into_iter().filter_map(|pid| Some((pid, descriptor(pid)?))).collect::<Vec<_>>();
+    let still = procs(group);
     let held = held.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process);
     held.filter(|process| rustix::process::pidfd_send_signal(process, Signal::KILL).is_ok()).collect()
+}
+
+/// The processes in one cgroup.
+fn procs(group: &Path) -> BTreeSet<u32> {
+    let text = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 /// A descriptor of a process; whoever gets one looks only then whether it is the right process.
