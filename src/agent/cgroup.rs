@@ -213,6 +213,43 @@ fn oom_kills(text: &str) -> u64 {
 mod tests {
     use super::*;
 
+    /// Cgroups of a creation that was cut off stayed for ever, and so did a process that nobody could stop any more.
+    #[test]
+    fn what_is_in_a_bots_cgroups_is_killed_and_they_are_removed_and_no_others() {
+        let cgroups = Cgroups::detect(&format!("/berth-test-{}", std::process::id()));
+        let uid = |n: u8| BotUid::parse(&format!("0000000{n}-8f0c-4d7e-9a55-0f6a3d1f2b11")).unwrap();
+        let (own, other, empty) = (uid(1).container_id(), uid(2).container_id(), uid(3).container_id());
+        // One hierarchy is enough, where there are more.
+        let at = |id: &ContainerId| match cgroups.version() {
+            Version::V1 => cgroups.file("pids", id, ""),
+            Version::V2 => cgroups.file("", id, ""),
+        };
+        let inside = |group: &Path| {
+            std::fs::create_dir_all(group).unwrap();
+            let child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            std::fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+            child
+        };
+        let mut children = [inside(&at(&own)), inside(&at(&own).join("below")), inside(&at(&other))];
+        std::fs::create_dir_all(at(&empty)).unwrap();
+        assert_eq!(cgroups.list_empty(), BTreeSet::from([uid(3)]));
+        cgroups.remove(&own);
+        assert!(at(&own).exists(), "a cgroup with a process stays");
+
+        cgroups.kill(&own);
+        let ended: Vec<bool> = children.iter_mut().map(|child| child.try_wait().unwrap().is_some()).collect();
+        assert_eq!(ended, [true, true, false]);
+        cgroups.remove(&own);
+        assert!(!at(&own).exists());
+
+        children[2].kill().unwrap();
+        children[2].wait().unwrap();
+        for id in [&other, &empty] {
+            cgroups.remove(id);
+        }
+        std::fs::remove_dir(at(&own).parent().unwrap()).unwrap();
+    }
+
     #[test]
     fn the_counter_is_read_from_both_hierarchies() {
         assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"), 3);
