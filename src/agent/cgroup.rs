@@ -124,11 +124,14 @@ impl Cgroups {
         self.parents().into_iter().map(|parent| parent.join(id.as_str())).collect()
     }
 
-    /// Every bot that has a cgroup below the parent, in whichever hierarchy.
-    pub fn list(&self) -> BTreeSet<BotUid> {
+    /// Every bot that has cgroups below the parent, in whichever hierarchy, and no process in them.
+    pub fn list_empty(&self) -> BTreeSet<BotUid> {
         let entries = self.parents().into_iter().flat_map(|parent| std::fs::read_dir(parent).into_iter().flatten());
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter_map(|name| ContainerId::uid_of(&name)).collect()
+        let mut found: BTreeSet<BotUid> = names.filter_map(|name| ContainerId::uid_of(&name)).collect();
+        let groups = |uid: &BotUid| self.dirs(&uid.container_id()).into_iter().flat_map(|dir| tree(&dir));
+        found.retain(|uid| groups(uid).all(|group| procs(&group).is_empty()));
+        found
     }
 
     /// Kills every process in a bot's cgroups, and waits a moment until they are gone. Blocks.
@@ -179,14 +182,16 @@ fn tree(group: &Path) -> Vec<PathBuf> {
 /// Kills what is in one cgroup. Each process is asked for again once its descriptor is held: the number alone may be
 /// another's by then.
 fn kill_in(group: &Path) -> Vec<OwnedFd> {
-    let procs = || -> BTreeSet<u32> {
-        let text = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-        text.lines().filter_map(|pid| pid.parse().ok()).collect()
-    };
-    let held = procs().into_iter().filter_map(|pid| Some((pid, descriptor(pid)?))).collect::<Vec<_>>();
-    let still = procs();
+    let held = procs(group).into_iter().filter_map(|pid| Some((pid, descriptor(pid)?))).collect::<Vec<_>>();
+    let still = procs(group);
     let held = held.into_iter().filter(|(pid, _)| still.contains(pid)).map(|(_, process)| process);
     held.filter(|process| rustix::process::pidfd_send_signal(process, Signal::KILL).is_ok()).collect()
+}
+
+/// The processes in one cgroup.
+fn procs(group: &Path) -> BTreeSet<u32> {
+    let text = std::fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 /// A descriptor of a process; whoever gets one looks only then whether it is the right process.
@@ -207,6 +212,43 @@ fn oom_kills(text: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Cgroups of a creation that was cut off stayed for ever, and so did a process that nobody could stop any more.
+    #[test]
+    fn what_is_in_a_bots_cgroups_is_killed_and_they_are_removed_and_no_others() {
+        let cgroups = Cgroups::detect(&format!("/berth-test-{}", std::process::id()));
+        let uid = |n: u8| BotUid::parse(&format!("0000000{n}-8f0c-4d7e-9a55-0f6a3d1f2b11")).unwrap();
+        let (own, other, empty) = (uid(1).container_id(), uid(2).container_id(), uid(3).container_id());
+        // One hierarchy is enough, where there are more.
+        let at = |id: &ContainerId| match cgroups.version() {
+            Version::V1 => cgroups.file("pids", id, ""),
+            Version::V2 => cgroups.file("", id, ""),
+        };
+        let inside = |group: &Path| {
+            std::fs::create_dir_all(group).unwrap();
+            let child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+            std::fs::write(group.join("cgroup.procs"), child.id().to_string()).unwrap();
+            child
+        };
+        let mut children = [inside(&at(&own)), inside(&at(&own).join("below")), inside(&at(&other))];
+        std::fs::create_dir_all(at(&empty)).unwrap();
+        assert_eq!(cgroups.list_empty(), BTreeSet::from([uid(3)]));
+        cgroups.remove(&own);
+        assert!(at(&own).exists(), "a cgroup with a process stays");
+
+        cgroups.kill(&own);
+        let ended: Vec<bool> = children.iter_mut().map(|child| child.try_wait().unwrap().is_some()).collect();
+        assert_eq!(ended, [true, true, false]);
+        cgroups.remove(&own);
+        assert!(!at(&own).exists());
+
+        children[2].kill().unwrap();
+        children[2].wait().unwrap();
+        for id in [&other, &empty] {
+            cgroups.remove(id);
+        }
+        std::fs::remove_dir(at(&own).parent().unwrap()).unwrap();
+    }
 
     #[test]
     fn the_counter_is_read_from_both_hierarchies() {

@@ -323,7 +323,7 @@ impl BotLoop {
                     return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
                 }
             };
-            let overdue = self.patience.is_over(observed.task);
+            self.patience.look(observed.task);
             if let Some(layer) = &observed.layer {
                 let snapshotter = match &observed.container {
                     Container::Ours(record) => &record.snapshotter,
@@ -339,13 +339,10 @@ impl BotLoop {
                         return Pass::Wait(Some(at));
                     }
                     let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
-                    let done = self.step(*step, &bot, &desired, &observed, &next, overdue, busy_since).await;
-                    if *step == Step::PutAway && overdue {
-                        self.patience.shims_ended();
-                    }
-                    match done {
+                    match self.step(*step, &bot, &desired, &observed, &next, busy_since).await {
                         // Nothing tells when containerd is done with it, so it is asked.
                         Ok(()) if *step == Step::PutAway => {
+                            self.patience.done();
                             self.retry.take_if(|retry| retry.trouble.step == *step);
                             if busy_since.elapsed() > TELL_AFTER {
                                 self.tell(&bot, &desired, &observed, &next).await;
@@ -450,13 +447,13 @@ impl BotLoop {
         desired: &Desired,
         observed: &Observed,
         next: &Next,
-        overdue: bool,
         busy_since: Instant,
     ) -> Result<(), Failed> {
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
         let leftovers = Instant::now() < self.leftovers_until;
+        let overdue = self.patience.is_over();
         let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, overdue, failures };
         let act = async {
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.

@@ -101,7 +101,8 @@ impl Shims {
         self.bundles(id).into_iter().find(there).or_else(|| self.cgroups.dirs(id).into_iter().find(there))
     }
 
-    /// Every bot that has a shim, a bundle or a cgroup, whether or not containerd has its task.
+    /// Every bot that has a shim or a bundle, whether or not containerd has its task, or an empty cgroup. Whose a process is
+    /// that has only its cgroup can't be told: another agent of this machine may have the same parent.
     pub async fn list(&self) -> io::Result<BTreeSet<BotUid>> {
         let this = self.clone();
         let look = move || {
@@ -118,7 +119,7 @@ impl Shims {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
-            found.extend(this.cgroups.list());
+            found.extend(this.cgroups.list_empty());
             Ok(found)
         };
         tokio::task::spawn_blocking(look).await.map_err(io::Error::other)?
@@ -139,21 +140,28 @@ impl Shims {
     /// Puts away what is left of a task, where containerd has had its time to do it (see [`Patience`]) and has no task of
     /// that id: shims, and once there is none, runc's container, whatever process is in its cgroups, cgroups, bundle. The
     /// end of a shim is seen by containerd, which may know it, and begins to put away the rest itself: it gets its time again.
-    pub async fn put_away(&self, id: &ContainerId) -> Result<(), PutAwayFailed> {
+    /// `ours` says that the bot is this node's for sure; else only a bundle of our containerd's says so.
+    pub async fn put_away(&self, id: &ContainerId, ours: bool) -> Result<(), PutAwayFailed> {
         if self.has_task(id).await? || self.end_shims(id).await.map_err(PutAwayFailed::Processes)? {
             return Ok(());
         }
         tracing::warn!(%id, left = ?self.left(id), "putting away what is left of a task that containerd does not know");
-        for bundle in self.bundles(id) {
-            self.delete_container(&bundle, id).await;
+        let bundles = self.bundles(id);
+        let ours = ours || bundles.iter().any(|bundle| fs::symlink_metadata(bundle).is_ok());
+        for bundle in &bundles {
+            self.delete_container(bundle, id).await;
         }
         let (this, id) = (self.clone(), id.clone());
         let rest = move || {
-            this.cgroups.kill(&id);
+            if ours {
+                this.cgroups.kill(&id);
+            }
             this.cgroups.remove(&id);
-            // Of a container that runc was not asked to delete, since its bundle went before it was made.
-            let _ = fs::remove_dir_all(Path::new(RUNC).join(&this.namespace).join(id.as_str()));
-            for bundle in this.bundles(&id) {
+            if ours {
+                // Of a container that runc was not asked to delete, since its bundle went before it was made.
+                let _ = fs::remove_dir_all(Path::new(RUNC).join(&this.namespace).join(id.as_str()));
+            }
+            for bundle in bundles {
                 match remove_bundle(&bundle) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         tracing::warn!(bundle = %bundle.display(), error = %chain(&error), "a bundle stays");
@@ -218,7 +226,8 @@ impl Shims {
         let (this, id) = (self.clone(), id.clone());
         let end = move || -> io::Result<bool> {
             let mut ended = false;
-            for (pid, _) in this.processes()?.into_iter().filter(|(_, of)| of == id.as_str()) {
+            let shims = this.processes()?.into_iter().filter(|(_, of)| of == id.as_str());
+            for (pid, _) in shims {
                 let Some(process) = descriptor(pid) else { continue };
                 if this.shim_of(pid).as_deref() != Some(id.as_str()) {
                     continue;
@@ -229,6 +238,10 @@ impl Shims {
                     tracing::warn!(pid, %id, "ended a shim of a task that containerd does not know");
                     ended = true;
                 }
+            }
+            if ended {
+                // What a shim of ours was at is ours.
+                this.cgroups.kill(&id);
             }
             Ok(ended)
         };
@@ -265,19 +278,25 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// One look at the bot's task. Whether containerd has had its time to put away what is left of one.
-    pub fn is_over(&mut self, task: Task) -> bool {
-        if task != Task::Leftover {
+    /// One look at the bot's task.
+    pub fn look(&mut self, task: Task) {
+        if task == Task::Leftover {
+            self.until.get_or_insert(Instant::now() + LEFTOVERS);
+        } else {
             self.until = None;
-            return false;
         }
-        let now = Instant::now();
-        *self.until.get_or_insert(now + LEFTOVERS) <= now
     }
 
-    /// [`Shims::put_away`] was tried. Where it ended shims, containerd may be at it again.
-    pub fn shims_ended(&mut self) {
-        self.until = Some(Instant::now() + SHIM_ENDED);
+    /// Whether containerd has had its time.
+    pub fn is_over(&self) -> bool {
+        self.until.is_some_and(|until| until <= Instant::now())
+    }
+
+    /// Something was done about it. Where that ended shims, containerd may be at it again.
+    pub fn done(&mut self) {
+        if self.is_over() {
+            self.until = Some(Instant::now() + SHIM_ENDED);
+        }
     }
 }
 

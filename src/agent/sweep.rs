@@ -261,21 +261,19 @@ impl Orphan {
             }
             match plan(&desired, &observed, Timestamp::now()) {
                 Next::Do(step) => {
-                    let overdue = patience.is_over(observed.task);
+                    patience.look(observed.task);
                     let work = Work {
                         desired: &desired,
                         bot: None,
                         observed: &observed,
                         cidr: None,
                         leftovers: false,
-                        overdue,
+                        overdue: patience.is_over(),
                         failures: 0,
                     };
                     shared.actor.act(step, &work).await.map_err(|error| chain(&error))?;
                     if step == Step::PutAway {
-                        if overdue {
-                            patience.shims_ended();
-                        }
+                        patience.done();
                         tokio::time::sleep(Duration::from_millis(500)).await;
                     }
                 }
