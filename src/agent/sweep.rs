@@ -278,7 +278,8 @@ impl Orphan {
                     }
                 }
                 Next::Settled { state: State::Removed, .. } => {
-                    // What is left may be a lease, files or logs alone, which no observation shows.
+                    // What is left may be an address, a lease, files or logs alone, which no observation shows.
+                    shared.actor.network.remove(&desired.id).await.map_err(|error| chain(&error))?;
                     return shared.actor.remove_rest(&desired.id).await.map_err(|error| chain(&error));
                 }
                 Next::Settled { .. } => tokio::time::sleep(Duration::from_millis(100)).await,

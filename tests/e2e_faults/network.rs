@@ -12,6 +12,7 @@ use kube::api::PostParams;
 use crate::common::{Agent, Cluster, Controller, Namespace, SOON, wait_for};
 use crate::scene::counting;
 
+/// Harm done: an address that nothing but host-local's file told of was found by each sweep and never freed.
 #[tokio::test]
 async fn addresses_that_run_out_are_told_and_given_again_also_those_that_a_crash_left() {
     let cluster = Cluster::shared();
