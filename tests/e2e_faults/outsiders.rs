@@ -189,15 +189,22 @@ async fn killed_loggers_cost_no_bot_and_are_there_again() {
     let bot = scene.apply(diarist("talks", talks)).await;
     scene.phase("talks", Phase::Running).await;
     let pid = scene.pid("talks").await;
+    // Its folder is made with its first line.
+    let logs = scene.agent.env("BERTH_LOG_DIR").to_owned();
+    let uid = bot.metadata.uid.clone().unwrap();
+    let log = wait_for("its log", SOON, || async {
+        let mut dirs = std::fs::read_dir(&logs).into_iter().flatten().flatten().map(|entry| entry.path());
+        let log = dirs.find(|dir| dir.to_string_lossy().ends_with(&uid)).map(|dir| dir.join("0.log"));
+        log.filter(|log| log.exists()).ok_or_else(|| format!("none in {logs}"))
+    })
+    .await;
+    let size = || std::fs::metadata(&log).map(|meta| meta.len()).unwrap_or_default();
     let pair = loggers(&scene);
     assert!(!pair.is_empty(), "there is a logger");
     for logger in &pair {
         kill("-KILL", *logger);
     }
     scene.touch("talks").await;
-    let uid = bot.metadata.uid.clone().unwrap();
-    let log = scene.files().into_iter().find(|path| path.to_string_lossy().ends_with(&uid)).unwrap().join("0.log");
-    let size = || std::fs::metadata(&log).map(|meta| meta.len()).unwrap_or_default();
     let before = size();
     wait_for("the log growing", SOON, || async {
         if size() > before { Ok(()) } else { Err(format!("{before} bytes, loggers {:?}", loggers(&scene))) }
