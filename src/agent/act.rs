@@ -694,9 +694,8 @@ impl Actor {
         // answer: the next look tells.
         let delete = DeleteTaskRequest { container_id: id.to_string() };
         let _ = around(Effect::PutAwayDelete, self.containerd.tasks().delete(self.containerd.request(delete))).await;
-        let rest = async {
-            if work.overdue { self.shims.put_away(id, work.bot.is_some()).await } else { self.shims.tidy(id).await }
-        };
+        let ours = work.bot.is_some() || work.record().is_some() || work.observed.layer.is_some();
+        let rest = async { if work.overdue { self.shims.put_away(id, ours).await } else { self.shims.tidy(id).await } };
         around(Effect::PutAwayRest, rest).await.map_err(StepError::Leftover)
     }
 

@@ -4,14 +4,15 @@
 //! is in the way of the next, for ever. A creation that is cut off leaves (seen with 1.6.20, and read in its source):
 //!
 //! - When the client dies, containerd forgets the task at once and then waits, 5 s a call, for a shim that is still in
-//!   the middle of `runc create`. What runc makes after that is nobody's.
+//!   the middle of `runc create`. What runc makes after that is nobody's: no `delete` works without the bundle, and runc
+//!   refuses to make another container of that id while it has a record of one.
 //! - When containerd dies, its shims see the connection break and kill `runc create`: cgroups without a container of
 //!   runc's, or a container that was never started. containerd that is back knows the shim, but finds no task in it; or
 //!   it can't put the bundle away, since `containerd-shim-* delete` wants a file that is written later.
 //! - When containerd dies while a bundle is removed, the bundle stays under its hidden name, and every later removal of a
 //!   bundle of that id fails on it.
 //!
-//! A bot's loop sees bundle and cgroups at each look ([`Shims::left`]), and takes no step before they are put away: so what
+//! A bot's loop sees bundle, record and cgroups at each look ([`Shims::left`]), and takes no step before they are put away: so what
 //! is noted as ended has ended, no start meets an earlier one, and a bot that is said to be removed is. A shim alone is in
 //! nobody's way, since the next creation takes it for its own; it goes with the bot. What is left of bots that have no loop
 //! is found by the sweeper ([`Shims::list`]).
@@ -71,7 +72,7 @@ pub enum PutAwayFailed {
     Stays {
         /// The container's id.
         id: ContainerId,
-        /// A bundle or cgroup of it.
+        /// A bundle, record or cgroup of it.
         path: PathBuf,
     },
 }
@@ -95,10 +96,23 @@ impl Shims {
         Self { containerd, address: address.to_owned(), namespace: namespace.to_owned(), bundles, cgroups }
     }
 
-    /// A bundle or a cgroup of that id: a task that is none of containerd's, where containerd has none. Cheap.
+    /// A bundle, runc's record or a cgroup of that id: what is left of a task, where containerd has none. Cheap.
     pub fn left(&self, id: &ContainerId) -> Option<PathBuf> {
         let there = |path: &PathBuf| fs::symlink_metadata(path).is_ok();
-        self.bundles(id).into_iter().find(there).or_else(|| self.cgroups.dirs(id).into_iter().find(there))
+        let files = self.bundles(id).into_iter().chain([self.runc(id)]);
+        files.chain(self.cgroups.dirs(id)).find(there)
+    }
+
+    /// runc's record of a container. runc refuses to make another of that id.
+    fn runc(&self, id: &ContainerId) -> PathBuf {
+        Path::new(RUNC).join(&self.namespace).join(id.as_str())
+    }
+
+    /// Ends what is left of a container whose shim is gone, whatever runc knows of it. Blocks.
+    fn end_container(&self, id: &ContainerId) {
+        self.cgroups.kill(id);
+        self.cgroups.remove(id);
+        let _ = fs::remove_dir_all(self.runc(id));
     }
 
     /// Every bot that has a shim or a bundle, whether or not containerd has its task, or an empty cgroup. Whose a process is
@@ -154,12 +168,9 @@ impl Shims {
         let (this, id) = (self.clone(), id.clone());
         let rest = move || {
             if ours {
-                this.cgroups.kill(&id);
-            }
-            this.cgroups.remove(&id);
-            if ours {
-                // Of a container that runc was not asked to delete, since its bundle went before it was made.
-                let _ = fs::remove_dir_all(Path::new(RUNC).join(&this.namespace).join(id.as_str()));
+                this.end_container(&id);
+            } else {
+                this.cgroups.remove(&id);
             }
             for bundle in bundles {
                 match remove_bundle(&bundle) {
@@ -240,8 +251,9 @@ impl Shims {
                 }
             }
             if ended {
-                // What a shim of ours was at is ours.
-                this.cgroups.kill(&id);
+                // What a shim of ours was at is ours. containerd puts it away by its bundle, which may have gone before it
+                // was made.
+                this.end_container(&id);
             }
             Ok(ended)
         };

@@ -191,6 +191,8 @@ impl Scene {
                     std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
                     std::fs::write(bundle.join("config.json"), "{}").unwrap();
                 }
+                // A record without a state is what `runc create` leaves that is killed.
+                std::fs::create_dir_all(self.runc(bot.unwrap())).unwrap();
                 bot.unwrap().clone()
             }
             Way::Deleted => {

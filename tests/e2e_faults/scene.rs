@@ -108,6 +108,11 @@ impl Scene {
         state.join(self.agent.env("BERTH_CONTAINERD_NAMESPACE"))
     }
 
+    /// runc's record of a bot's container.
+    pub fn runc(&self, bot: &BotContainer) -> PathBuf {
+        Path::new("/run/containerd/runc").join(self.agent.env("BERTH_CONTAINERD_NAMESPACE")).join(id(bot))
+    }
+
     /// The directory on the disk that holds what a bot wrote.
     #[track_caller]
     pub fn layer(&self, bot: &BotContainer) -> PathBuf {

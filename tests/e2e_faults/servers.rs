@@ -155,6 +155,21 @@ async fn a_containerd_and_a_shim_that_hang_cost_no_bot() {
     scene.end().await;
 }
 
+/// runc refused to make a container of that id again, and a bot that was to run once never ran.
+#[tokio::test]
+async fn a_record_of_runcs_that_a_cut_off_creation_left_is_no_end_of_a_bot() {
+    let scene = Scene::new("record").await;
+    let once = counting("once").restart(RestartPolicy::Never);
+    let bot = scene.apply(once.clone().stopped()).await;
+    scene.phase("once", Phase::Stopped).await;
+    std::fs::create_dir_all(scene.runc(&bot)).unwrap();
+    scene.apply(once).await;
+    scene.phase("once", Phase::Running).await;
+    scene.started(&bot, 1).await;
+    scene.diary(&bot).assert_starts(1, "once");
+    scene.end().await;
+}
+
 /// A node without an API server: what runs, runs on, what ends is started again, nothing is removed.
 async fn api_away(name: &str, stop: impl FnOnce(&Scene), back: impl FnOnce(&Scene)) {
     let mut scene = Scene::alone(name).await;
