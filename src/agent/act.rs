@@ -30,7 +30,7 @@ use super::bundle::{self, Bundle, BundleError};
 use super::desired::{Alive, Desired, Goal};
 use super::failpoint::{Effect, around};
 use super::labels;
-use super::observe::{Container, Observed, Task};
+use super::observe::{Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
@@ -204,10 +204,7 @@ impl Work<'_> {
     }
 
     fn record(&self) -> Option<&Record> {
-        match &self.observed.container {
-            Container::Ours(record) => Some(record),
-            Container::Absent | Container::Foreign { .. } | Container::Garbled { .. } => None,
-        }
+        self.observed.record()
     }
 
     fn alive(&self) -> Result<&Alive, StepError> {

@@ -36,6 +36,16 @@ pub struct Observed {
     pub files: bool,
 }
 
+impl Observed {
+    /// The agent's note, where the container is the bot's and bears one.
+    pub fn record(&self) -> Option<&Record> {
+        match &self.container {
+            Container::Ours(record) => Some(record),
+            Container::Absent | Container::Foreign { .. } | Container::Garbled { .. } => None,
+        }
+    }
+}
+
 /// What containerd has under the bot's id.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Container {

@@ -26,7 +26,7 @@ use super::act::{Actor, StepError, Work};
 use super::desired::{Desired, Goal, desired};
 use super::lineage::Lineage;
 use super::metrics::Metrics;
-use super::observe::{Container, Observed, Observer};
+use super::observe::{Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
 use super::shim::{LEFTOVERS, Patience};
@@ -325,10 +325,7 @@ impl BotLoop {
             };
             self.patience.look(observed.task);
             if let Some(layer) = &observed.layer {
-                let snapshotter = match &observed.container {
-                    Container::Ours(record) => &record.snapshotter,
-                    Container::Absent | Container::Foreign { .. } | Container::Garbled { .. } => &desired.snapshotter,
-                };
+                let snapshotter = observed.record().map_or(&desired.snapshotter, |record| &record.snapshotter);
                 self.lineage.follow(&self.shared.actor.containerd, snapshotter, &layer.key);
             }
             let next = plan(&desired, &observed, Timestamp::now());

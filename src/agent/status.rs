@@ -67,10 +67,7 @@ pub fn report(
     live: Option<&BotContainerStatus>,
     now: Timestamp,
 ) -> BotContainerStatus {
-    let record = match &observed.container {
-        Container::Ours(record) => Some(&**record),
-        _ => None,
-    };
+    let record = observed.record();
     let mut verdict = judge(desired, observed, record, next, trouble);
     if verdict.ready == Some(true)
         && let Some(why) = unserved(desired, record)

@@ -30,7 +30,6 @@ use crate::output::{Output, OutputError};
 use super::act::Work;
 use super::desired::{Desired, Goal};
 use super::labels;
-use super::observe::Container;
 use super::plan::{Next, State, plan};
 use super::run::Shared;
 use super::shim::{LEFTOVERS, Patience, Shims};
@@ -255,7 +254,7 @@ impl Orphan {
         let mut patience = Patience::default();
         while Instant::now() < deadline {
             let observed = shared.observer.observe(uid, &desired.snapshotter).await.map_err(|e| chain(&e))?;
-            if let Container::Ours(record) = &observed.container {
+            if let Some(record) = observed.record() {
                 desired.namespace.clone_from(&record.namespace);
                 desired.name.clone_from(&record.name);
             }
