@@ -765,9 +765,13 @@ impl Actor {
     }
 
     /// Removes what no observation shows: a shim without a task, logs of a bot that was stopped before, mounted files, lease.
-    /// Safe twice.
+    /// Safe twice. The last thing before a bot is said to be removed: it looks through the machine's processes.
     pub async fn remove_rest(&self, id: &ContainerId) -> Result<(), StepError> {
         self.shims.end_idle(id).await.map_err(StepError::Leftover)?;
+        self.remove_unseen(id).await
+    }
+
+    async fn remove_unseen(&self, id: &ContainerId) -> Result<(), StepError> {
         around(Effect::RemoveLogs, self.output.remove(id, false)).await.map_err(StepError::Output)?;
         around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
         let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
@@ -780,7 +784,7 @@ impl Actor {
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), StepError> {
-        self.remove_rest(id).await?;
+        self.remove_unseen(id).await?;
         let request = DeleteContainerRequest { id: id.to_string() };
         let answer =
             around(Effect::RemoveContainer, self.containerd.containers().delete(self.containerd.request(request)))
