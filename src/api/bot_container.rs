@@ -417,6 +417,9 @@ pub struct BotContainerStatus {
     /// The last rollback done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollback: Option<RollbackStatus>,
+    /// The version that the bot starts from, chosen when it was bound: `spec.restoreFrom`, or what its botId left behind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_from: Option<RestoredFrom>,
     /// The chain image layers -> ... -> active layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lineage: Vec<LineageEntry>,
@@ -511,6 +514,20 @@ pub struct RollbackStatus {
     /// When it was done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub completed_at: Option<Time>,
+}
+
+/// The version that a bot starts from.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RestoredFrom {
+    /// Name of the BotSnapshot.
+    pub snapshot_name: String,
+    /// Its uid.
+    pub uid: String,
+    /// The bot that it belongs to: this one, or the one that this one is a fork of.
+    pub bot_id: String,
+    /// Its number.
+    pub version: i64,
 }
 
 /// One layer below the bot.

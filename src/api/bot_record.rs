@@ -35,6 +35,9 @@ pub struct BotRecordSpec {
     /// Highest version number ever given.
     #[serde(default)]
     pub last_version: i64,
+    /// The BotSnapshot that was given that version. The next one is given when this one says so itself, or is gone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_given: Option<Given>,
     /// The last `spec.rollback.id` that counts as done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_rollback_id: Option<String>,
@@ -44,6 +47,16 @@ pub struct BotRecordSpec {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Holder {
+    /// Its name.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+}
+
+/// The BotSnapshot that a version was given to.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Given {
     /// Its name.
     pub name: String,
     /// Its uid.

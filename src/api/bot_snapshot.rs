@@ -54,6 +54,20 @@ pub struct BotSnapshotSpec {
     pub export: Export,
 }
 
+impl BotSnapshotSpec {
+    /// A live snapshot of a bot, with all that can be left out left out.
+    pub fn of(bot: &str) -> Self {
+        Self {
+            bot_container_name: bot.to_owned(),
+            display_name: None,
+            consistency: Consistency::default(),
+            max_freeze_millis: default_max_freeze(),
+            failure_deadline_seconds: default_failure_deadline(),
+            export: Export::default(),
+        }
+    }
+}
+
 fn default_max_freeze() -> i64 {
     1000
 }
@@ -101,6 +115,9 @@ pub struct BotSnapshotStatus {
     /// The bot that it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bot_id: Option<String>,
+    /// The BotContainer that it is of, by uid.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bot_uid: Option<String>,
     /// 1, 2, 3 … per bot, never reused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<i64>,

@@ -8,7 +8,7 @@ use std::fmt;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-/// The condition types of a BotContainer.
+/// The condition types of a BotContainer, and of a BotSnapshot, which has `Ready` and `Verified`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ConditionType {
     /// What is observed is what was asked.
@@ -23,6 +23,8 @@ pub enum ConditionType {
     NetworkReady,
     /// What was to be restored is.
     Restored,
+    /// What was committed was read back and is what was copied.
+    Verified,
     /// kstatus: work is under way towards the newest generation.
     Reconciling,
     /// kstatus: only an edit helps.
@@ -39,6 +41,7 @@ impl ConditionType {
             Self::ImageReady => "ImageReady",
             Self::NetworkReady => "NetworkReady",
             Self::Restored => "Restored",
+            Self::Verified => "Verified",
             Self::Reconciling => "Reconciling",
             Self::Stalled => "Stalled",
         }
@@ -112,7 +115,23 @@ reasons! {
     NodeNotConfigured => "The node has no bot CIDR yet; the controller gives it one.",
     Restored => "Nothing to do: what was to be restored is.",
     RestoreFailed => "The version to start from can't be used; the message says why.",
-    SnapshotsUnsupported => "This Berth does not take snapshots yet.",
+    RestoreWaiting => "Wait: the version to start from is not ready yet; the message says which.",
+    WaitingForSnapshot => "Wait: a version is made of the bot first.",
+    RollingBack => "Wait: the version to go back to is being copied, then the bot is started from it.",
+    RollbackFailed => "The bot can't go back to that version and is as it was; the message says what spec.rollback may name.",
+    WaitingForBot => "Wait: the bot has no layer on a node yet, or the controller is about to look; the message says which.",
+    BotNotFound => "There is no such BotContainer; correct spec.botContainerName in another BotSnapshot.",
+    BotTerminating => "The BotContainer is being deleted; its deletionPolicy says what is kept of it.",
+    Copying => "Wait: the bot's layer is being copied while it runs.",
+    Committing => "Wait: the copy is whole, and is being committed and read back.",
+    SnapshotReady => "Nothing to do: the version is there, and was read back.",
+    Verified => "Nothing to do: what was committed was read back and is what was copied.",
+    SnapshotCorrupt => "What was committed is not what was copied; the message says where. It is kept as evidence until the BotSnapshot is deleted. Look after the node's disk, and take another.",
+    SnapshotFailed => "The version could not be made; the message says why. Take another.",
+    SnapshotLost => "What the version is made of is gone from containerd; delete the BotSnapshot.",
+    TooManyChanges => "The bot changes faster than it can be copied; raise spec.maxFreezeMillis in another BotSnapshot, or use consistency Stopped.",
+    DeadlineExceeded => "It could not be finished within spec.failureDeadlineSeconds; the message says what it waited for.",
+    SnapshotsUnsupported => "The layer's snapshotter has no directory that can be copied; use overlayfs.",
     CrashLoopBackOff => "The process keeps ending; see lastTermination. It is started again after a back-off.",
     Error => "The process ended with an error and is not to be restarted; see lastTermination.",
     OOMKilled => "The process used more memory than its limit; raise resources.limits.memory.",

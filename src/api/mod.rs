@@ -35,6 +35,12 @@ pub const GROUP: &str = "berth.dev";
 /// Held by the controller on a BotContainer until its node has nothing of it left.
 pub const FINALIZER: &str = "berth.dev/bot";
 
+/// Held by the controller on a BotSnapshot until its node has freed its bytes, or only forks hold them.
+pub const SNAPSHOT_FINALIZER: &str = "berth.dev/snapshot";
+
+/// Label of a BotSnapshot that the controller made: why, a [`bot_snapshot::SnapshotSource`].
+pub const SOURCE_LABEL: &str = "berth.dev/source";
+
 /// Namespace of the controller's leader Lease, unless a flag says otherwise.
 pub const SYSTEM_NAMESPACE: &str = "berth-system";
 

@@ -12,6 +12,7 @@ use kube::api::{Api, Patch};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 
+use crate::api::bot_container::RestoredFrom;
 use crate::api::condition::{ConditionType, Reason, find};
 use crate::api::{BotContainer, BotRecord, FINALIZER, NODE_LEASE_NAMESPACE};
 
@@ -19,6 +20,7 @@ use super::error::Error;
 use super::event::Note;
 use super::node::{NodeState, OUT_OF_SERVICE};
 use super::record::{self, Hold, bot_id};
+use super::snapshot::{self, Cause, Restore};
 use super::status::{Claim, Wanted, claimed, patch};
 use super::{Context, Name, Next};
 
@@ -38,6 +40,10 @@ pub struct View<'a> {
     pub hold: Hold,
     /// How it is with the node that has its layer, if one has.
     pub home: Option<NodeState>,
+    /// What it is to start from, where it is not placed yet.
+    pub restore: Restore,
+    /// The last rollback that its record counts as done.
+    pub rolled_back: Option<&'a str>,
 }
 
 /// What to do about a bot. Each is safe to be cut off anywhere and decided again.
@@ -61,6 +67,8 @@ pub enum Plan {
         take: bool,
         /// The finalizer is missing.
         finalizer: bool,
+        /// The version that it starts from.
+        restore: Option<RestoredFrom>,
     },
     /// Keep a bound bot's record, finalizer and status right.
     Keep {
@@ -100,7 +108,7 @@ pub fn home<'a>(bot: &'a BotContainer, hold: &'a Hold) -> Option<&'a str> {
 /// What to do about a bot. `place` chooses a node, on the one that has the layer only where that is given, or says why
 /// none fits; it is asked only when one is needed.
 pub fn decide(view: &View<'_>, place: impl FnOnce(Option<&str>) -> Result<String, String>) -> Plan {
-    let View { bot, hold, home: state } = view;
+    let View { bot, hold, home: state, restore, rolled_back } = view;
     let finalizer = !bot.finalizers().iter().any(|f| f == FINALIZER);
     let home = home(bot, hold);
     if bot.metadata.deletion_timestamp.is_some() {
@@ -120,14 +128,24 @@ pub fn decide(view: &View<'_>, place: impl FnOnce(Option<&str>) -> Result<String
     if let Some(node) = bound_to(bot) {
         let take = match hold {
             Hold::None | Hold::Free(_) => true,
-            Hold::Mine(recorded) => recorded.as_deref() != Some(node),
+            Hold::Mine(recorded) => {
+                let done = bot.status.as_ref().and_then(|s| s.rollback.as_ref()).map(|done| done.id.as_str());
+                recorded.as_deref() != Some(node) || done.is_some() && done != *rolled_back
+            }
             // It runs, and so may the other: to take the botId away would not stop either.
             Hold::Other(_) => false,
         };
         return Plan::Keep { node: node.to_owned(), take, finalizer, claim: claim(state.as_ref()) };
     }
     let layer = match hold {
-        Hold::Mine(Some(node)) => return Plan::Place { node: node.clone(), take: false, finalizer },
+        Hold::Mine(Some(node)) => {
+            // Decided by a pass that was cut off: the version, if any, is the one that led there.
+            let restore = match restore {
+                Restore::From { from, node: there } if there == node => Some(from.clone()),
+                _ => None,
+            };
+            return Plan::Place { node: node.clone(), take: false, finalizer, restore };
+        }
         Hold::Other(holder) => {
             return Plan::Wait {
                 reason: Reason::BotIdInUse,
@@ -142,10 +160,16 @@ pub fn decide(view: &View<'_>, place: impl FnOnce(Option<&str>) -> Result<String
         Hold::Free(node) => node.as_deref(),
         Hold::None | Hold::Mine(None) => None,
     };
+    let (layer, restore) = match restore {
+        Restore::Nothing => (layer, None),
+        Restore::From { from, node } => (Some(node.as_str()), Some(from.clone())),
+        Restore::Wait { reason, message } => return Plan::Wait { reason: *reason, message: message.clone() },
+    };
     match place(layer) {
-        Ok(node) => Plan::Place { node, take: true, finalizer },
+        Ok(node) => Plan::Place { node, take: true, finalizer, restore },
         Err(why) => {
             let message = match layer {
+                Some(node) if restore.is_some() => format!("the version to start from is on {node}: {why}"),
                 Some(node) => format!("the layer of botId {} is on {node}: {why}", bot_id(bot)),
                 None => why,
             };
@@ -174,8 +198,10 @@ pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
     let now = Instant::now();
     let (bot, record, plan) = {
         let mut world = context.world();
-        let Some((bot, record, view)) = world.view(name, now) else { return Ok(Next::Done) };
-        let view = View { bot: &bot, hold: view.0, home: view.1 };
+        let Some(seen) = world.view(name, now) else { return Ok(Next::Done) };
+        let (bot, record) = (seen.bot, seen.record);
+        let rolled_back = record.as_deref().and_then(|record| record.spec.last_rollback_id.as_deref());
+        let view = View { bot: &bot, hold: seen.hold, home: seen.home, restore: seen.restore, rolled_back };
         let plan = decide(&view, |layer| world.place(name, &bot, layer, now));
         // What was decided counts from now on, before the watch brings it back.
         world.reserve(
@@ -203,9 +229,11 @@ async fn apply(
     match plan {
         Plan::Rest => Ok(Next::Resync),
         Plan::Wait { reason, message } => wait(context, name, &bot, reason, message, now).await,
-        Plan::Place { node, take, finalizer } => {
+        Plan::Place { node, take, finalizer, restore } => {
             let bot = prepare(context, &bot, record.as_deref(), take.then_some(&*node), finalizer).await?;
-            let wanted = Wanted::Bound { node: node.clone(), bot_id: bot_id(&bot), claim: Claim::Keep };
+            let (bot_id, claim) = (bot_id(&bot), Claim::Keep);
+            let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
+            let wanted = Wanted::Bound { node: node.clone(), bot_id, claim, restored_from: restore, last_version };
             if say(context, &bot, &wanted, "binding").await? {
                 context.metrics.placed();
                 tracing::info!(bot = %name, node, "bound");
@@ -225,11 +253,15 @@ async fn apply(
             {
                 return Ok(Next::At(at));
             }
-            let wanted = Wanted::Bound { node, bot_id: bot_id(&bot), claim };
+            let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
+            let wanted = Wanted::Bound { node, bot_id: bot_id(&bot), claim, restored_from: None, last_version };
             let written = say(context, &bot, &wanted, "status").await?;
             if let (true, Some((reason, message))) = (written, news) {
                 context.world().claimed(name, message.clone(), now);
                 context.events.send(Note::warning(bot.object_ref(&()), reason, "Watch", message.clone(), message));
+            }
+            if let Some(cause) = Cause::awaited(&bot) {
+                snapshot::ensure(context, &bot, &cause).await?;
             }
             Ok(Next::Resync)
         }
@@ -238,7 +270,7 @@ async fn apply(
                 ensure_lost(context, node).await?;
             }
             if let (true, Some(record)) = (release, record) {
-                record::release(context, &record).await?;
+                record::release(context, &record, bot.spec.deletion_policy).await?;
             }
             if let Some(why) = lost {
                 let text = format!("{why}; the bot's writable layer and what only that node had of it are lost");

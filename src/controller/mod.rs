@@ -12,6 +12,7 @@
 //!                 │     ├── place.rs   which node, or for each why not          │ Context::write: leading, with
 //!                 │     └── status.rs  what is applied; no difference, no write │ a deadline and a precondition
 //!                 ├── record.rs  who holds a botId, where its layer is ─────────┤
+//!                 ├── snapshot.rs  numbers, nodes and ends of versions ─────────┤
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
 //!            event.rs, metrics.rs, error.rs   what is told;   quantity.rs   500m, 2Gi
 //! ```
@@ -30,6 +31,7 @@ mod place;
 mod quantity;
 mod queue;
 mod record;
+mod snapshot;
 mod status;
 mod watch;
 mod world;
@@ -139,6 +141,7 @@ enum Key {
     Pending,
     Bot(Name),
     Record(Name),
+    Snapshot(Name),
     Node(String),
 }
 
@@ -148,6 +151,7 @@ impl Key {
             Self::Pending => "Pending",
             Self::Bot(_) => "BotContainer",
             Self::Record(_) => "BotRecord",
+            Self::Snapshot(_) => "BotSnapshot",
             Self::Node(_) => "BotNode",
         }
     }
@@ -157,7 +161,7 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pending => f.write_str("pending bots"),
-            Self::Bot(name) | Self::Record(name) => write!(f, "{} {name}", self.kind()),
+            Self::Bot(name) | Self::Record(name) | Self::Snapshot(name) => write!(f, "{} {name}", self.kind()),
             Self::Node(name) => write!(f, "{} {name}", self.kind()),
         }
     }
@@ -448,6 +452,7 @@ async fn reconcile(context: &Context, key: &Key) -> Result<Next, Error> {
         }
         Key::Bot(name) => bot::reconcile(context, name).await,
         Key::Record(name) => record::reconcile(context, name).await,
+        Key::Snapshot(name) => snapshot::reconcile(context, name).await,
         Key::Node(name) => node::reconcile(context, name).await,
     }
 }

@@ -12,13 +12,15 @@
 use std::time::{Duration, Instant};
 
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PostParams, Preconditions};
+use kube::api::{Api, DeleteParams, Patch, PostParams, Preconditions};
 use serde_json::json;
 
-use crate::api::bot_record::Holder;
-use crate::api::{BotContainer, BotRecord, BotRecordSpec, BotSnapshot, CONTROLLER};
+use crate::api::bot_container::DeletionPolicy;
+use crate::api::bot_record::{Given, Holder};
+use crate::api::{BotContainer, BotRecord, BotRecordSpec, CONTROLLER};
 
 use super::error::Error;
+use super::snapshot;
 use super::{Context, Name, Next};
 
 /// How long a record outlives a holder that vanished without an orderly end (a stripped finalizer, a backup being
@@ -72,7 +74,8 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
                 bot_id: id.clone(),
                 holder: Some(holder),
                 node_name: Some(node.to_owned()),
-                last_version: bot.status.as_ref().and_then(|s| s.last_version).unwrap_or(0),
+                last_version: context.world().highest_version(&namespace, &id),
+                last_given: None,
                 last_rollback_id: done,
             };
             let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
@@ -82,12 +85,11 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
             if let Some(old) = record.spec.holder.as_ref().filter(|old| old.uid != holder.uid) {
                 ensure_gone(context, &namespace, old).await?;
             }
-            let anew = record.spec.holder.as_ref().is_none_or(|old| old.uid != holder.uid);
             let mut body = json!({
                 "metadata": {"uid": record.uid(), "resourceVersion": record.resource_version()},
                 "spec": {"holder": holder, "nodeName": node},
             });
-            if let (true, Some(done)) = (anew, done) {
+            if let Some(done) = done {
                 body["spec"]["lastRollbackId"] = json!(done);
             }
             context.write(STEP, &object, api.patch(&id, &super::merge_params(), &Patch::Merge(&body))).await
@@ -127,11 +129,45 @@ async fn ensure_gone(context: &Context, namespace: &str, holder: &Holder) -> Res
     }
 }
 
+/// Notes that a version was given to a snapshot.
+pub async fn count(context: &Context, record: &BotRecord, version: i64, given: &Given) -> Result<(), Error> {
+    let (namespace, id) = (record.namespace().unwrap_or_default(), record.name_any());
+    let api: Api<BotRecord> = Api::namespaced(context.client.clone(), &namespace);
+    let body = json!({
+        "metadata": {"uid": record.uid(), "resourceVersion": record.resource_version()},
+        "spec": {"lastVersion": version, "lastGiven": given},
+    });
+    let object = format!("BotRecord {namespace}/{id}");
+    let (params, patch) = (super::merge_params(), Patch::Merge(&body));
+    match context.write("counting a version", &object, api.patch(&id, &params, &patch)).await {
+        Ok(written) => {
+            let wake = context.world().saw_record(written);
+            context.queue.add_all(wake, "own write");
+            Ok(())
+        }
+        Err(error) => {
+            // It may have been done and its answer lost; the next look works from what is there.
+            if let Ok(Some(live)) = context.read("counting a version", &object, api.get_opt(&id)).await {
+                let wake = context.world().saw_record(live);
+                context.queue.add_all(wake, "live record");
+            }
+            Err(error)
+        }
+    }
+}
+
 /// Ends the hold of a bot that its node has nothing of any more: the record goes, or stays for what is left of the botId.
-pub async fn release(context: &Context, record: &BotRecord) -> Result<(), Error> {
+/// Under `Delete` the bot's snapshots go with it.
+pub async fn release(context: &Context, record: &BotRecord, policy: DeletionPolicy) -> Result<(), Error> {
     let others = context.world().bots_of(record) > 1;
-    if others || has_snapshots(context, record).await? {
-        let (namespace, id) = (record.namespace().unwrap_or_default(), record.name_any());
+    let (namespace, id) = (record.namespace().unwrap_or_default(), record.name_any());
+    let left = snapshot::all_of(context, &namespace, &id).await?;
+    if policy == DeletionPolicy::Delete && !others {
+        for snapshot in &left {
+            snapshot::delete(context, snapshot).await?;
+        }
+    }
+    if others || !left.is_empty() {
         let api: Api<BotRecord> = Api::namespaced(context.client.clone(), &namespace);
         let body = json!({
             "metadata": {"uid": record.uid(), "resourceVersion": record.resource_version()},
@@ -154,18 +190,7 @@ async fn has_snapshots(context: &Context, record: &BotRecord) -> Result<bool, Er
         return Ok(true);
     }
     let (namespace, id) = (record.namespace().unwrap_or_default(), record.name_any());
-    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &namespace);
-    let mut page = ListParams::default().limit(500);
-    loop {
-        let list = context.read("listing", &format!("BotSnapshots of {namespace}"), api.list(&page)).await?;
-        if list.items.iter().any(|s| s.status.as_ref().and_then(|s| s.bot_id.as_ref()) == Some(&id)) {
-            return Ok(true);
-        }
-        match list.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => page = page.continue_token(&token),
-            None => return Ok(false),
-        }
-    }
+    Ok(!snapshot::all_of(context, &namespace, &id).await?.is_empty())
 }
 
 async fn delete(context: &Context, record: &BotRecord) -> Result<(), Error> {

@@ -15,7 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::ResourceExt as _;
 use serde_json::{Value, json};
 
-use crate::api::bot_container::Phase;
+use crate::api::bot_container::{Phase, RestoredFrom};
 use crate::api::condition::{ConditionType, Reason, condition, find};
 use crate::api::{BotContainer, BotContainerStatus};
 
@@ -37,6 +37,10 @@ pub enum Wanted {
         bot_id: String,
         /// What is said in the agent's place.
         claim: Claim,
+        /// The version that it starts from, where this is decided now; what was decided stays.
+        restored_from: Option<RestoredFrom>,
+        /// The highest version number given; 0 for none.
+        last_version: i64,
     },
 }
 
@@ -79,6 +83,8 @@ pub fn patch(old: &BotContainer, wanted: &Wanted, now: &Time) -> Option<Value> {
     let settled = holds(&ours.phase, &live.phase)
         && holds(&ours.node_name, &live.node_name)
         && holds(&ours.bot_id, &live.bot_id)
+        && holds(&ours.restored_from, &live.restored_from)
+        && holds(&ours.last_version, &live.last_version)
         && holds(&ours.observed_generation, &live.observed_generation)
         && ours.conditions.iter().all(same);
     if settled {
@@ -125,10 +131,13 @@ fn ours(old: &BotContainer, live: &BotContainerStatus, wanted: &Wanted, now: &Ti
             ],
             ..BotContainerStatus::default()
         },
-        Wanted::Bound { node, bot_id, claim } => {
+        Wanted::Bound { node, bot_id, claim, restored_from, last_version } => {
             let mut status = BotContainerStatus {
                 node_name: Some(node.clone()),
                 bot_id: Some(bot_id.clone()),
+                restored_from: live.restored_from.clone().or_else(|| restored_from.clone()),
+                // It never decreases, whatever a cache says.
+                last_version: live.last_version.max(Some(*last_version).filter(|version| *version > 0)),
                 conditions: vec![make(
                     ConditionType::Scheduled,
                     Some(true),

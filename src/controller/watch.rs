@@ -50,7 +50,12 @@ macro_rules! kept {
 
 kept!(BotContainer, |o, w, _live, now| w.saw_bot(o, now), |w, name, uid, _now| w.bot_gone(name, uid), bot_names);
 kept!(BotRecord, |o, w, _live, _now| w.saw_record(o), |w, name, uid, _now| w.record_gone(name, uid), record_names);
-kept!(BotSnapshot, |o, w, _live, _now| w.saw_snapshot(&o), |w, name, _uid, _now| w.snapshot_gone(name), snapshot_names);
+kept!(
+    BotSnapshot,
+    |o, w, _live, _now| w.saw_snapshot(o),
+    |w, name, uid, _now| w.snapshot_gone(name, uid),
+    snapshot_names
+);
 kept!(
     BotNode,
     |o, w, _live, now| w.saw_bot_node(o, now),

@@ -5,6 +5,7 @@
 //! in Kubernetes 1.35), so an answer to our own write is never taken back by a watch that is behind. Every change
 //! returns the keys that should be looked at.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,12 +16,14 @@ use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
+use crate::api::bot_container::RestorePolicy;
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
 use super::bot::{bound_to, home};
 use super::node::{Heartbeat, NodeState, candidate, state};
 use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
 use super::record::{Hold, bot_id, hold};
+use super::snapshot::{Restore, newest, usable};
 use super::{Key, Name};
 
 /// Where a bot sits in the accounts.
@@ -45,9 +48,11 @@ pub struct World {
     records: HashMap<Name, Arc<BotRecord>>,
     /// Since when neither bot nor snapshot of a record is there.
     vanished: HashMap<Name, Instant>,
-    snapshots: HashMap<Name, String>,
-    /// How many snapshots a botId of a namespace has.
-    kept: HashMap<Name, usize>,
+    snapshots: HashMap<Name, Arc<BotSnapshot>>,
+    /// BotSnapshots by namespace and botId.
+    kept: HashMap<Name, BTreeSet<String>>,
+    /// BotSnapshots without a number by the BotContainer that they name.
+    asked: HashMap<Name, BTreeSet<String>>,
     bot_nodes: HashMap<String, Arc<BotNode>>,
     nodes: HashMap<String, Arc<Node>>,
     beats: HashMap<String, Heartbeat>,
@@ -58,6 +63,34 @@ pub struct World {
     rephrased: HashMap<Name, Instant>,
     /// Which outage a bot was last claimed for, in words, and when.
     claims: HashMap<Name, (String, Instant)>,
+}
+
+/// A bot as its reconcile needs it.
+pub struct SeenBot {
+    /// The bot.
+    pub bot: Arc<BotContainer>,
+    /// The record of its botId.
+    pub record: Option<Arc<BotRecord>>,
+    /// How it stands to that.
+    pub hold: Hold,
+    /// How it is with the node that has its layer, if one has.
+    pub home: Option<NodeState>,
+    /// What it is to start from, where it is not placed yet.
+    pub restore: Restore,
+}
+
+/// A snapshot as its reconcile needs it.
+pub struct SeenSnapshot {
+    /// The snapshot.
+    pub snapshot: Arc<BotSnapshot>,
+    /// The bot that it names.
+    pub bot: Option<Arc<BotContainer>>,
+    /// The record of that bot's botId.
+    pub record: Option<Arc<BotRecord>>,
+    /// How the bot stands to that.
+    pub hold: Option<Hold>,
+    /// How it is with the snapshot's node, if it has one.
+    pub node: Option<NodeState>,
 }
 
 fn name_of(object: &impl ResourceExt) -> Name {
@@ -113,6 +146,7 @@ impl World {
         }
         self.bots.insert(name.clone(), Arc::new(bot));
         keys.push(Key::Bot(name.clone()));
+        keys.extend(self.asked_of(&name));
         keys.extend(self.reseat(&name));
         keys
     }
@@ -125,6 +159,7 @@ impl World {
         let Some(bot) = self.bots.remove(name) else { return Vec::new() };
         let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
         let mut keys = vec![Key::Record(id.clone())];
+        keys.extend(self.asked_of(name));
         if let Some(names) = self.by_id.get_mut(&id) {
             names.remove(&name.name);
             keys.extend(names.iter().map(|n| Key::Bot(Name { namespace: name.namespace.clone(), name: n.clone() })));
@@ -187,13 +222,8 @@ impl World {
         })
     }
 
-    /// A bot, its record, and how it stands to record and node.
-    #[allow(clippy::type_complexity)]
-    pub fn view(
-        &mut self,
-        name: &Name,
-        now: Instant,
-    ) -> Option<(Arc<BotContainer>, Option<Arc<BotRecord>>, (Hold, Option<NodeState>))> {
+    /// A bot, its record, and how it stands to record, node and versions.
+    pub fn view(&mut self, name: &Name, now: Instant) -> Option<SeenBot> {
         let bot = self.bots.get(name)?.clone();
         let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
         let hold = self.hold(name, &bot);
@@ -201,8 +231,34 @@ impl World {
             Hold::Free(node) => node.as_deref(),
             _ => None,
         });
-        let state = node.map(|node| self.state(node, now));
-        Some((bot, self.records.get(&id).cloned(), (hold, state)))
+        let home = node.map(|node| self.state(node, now));
+        let restore = if bound_to(&bot).is_none() { self.restore(&id, &bot) } else { Restore::Nothing };
+        Some(SeenBot { bot, record: self.records.get(&id).cloned(), hold, home, restore })
+    }
+
+    /// What a bot that is not placed yet is to start from.
+    fn restore(&self, id: &Name, bot: &BotContainer) -> Restore {
+        let at = |name: &str| Name { namespace: id.namespace.clone(), name: name.to_owned() };
+        if let Some(from) = &bot.spec.restore_from {
+            return usable(&from.snapshot_name, self.snapshots.get(&at(&from.snapshot_name)).map(|s| &**s));
+        }
+        if bot.spec.restore_policy == RestorePolicy::Never {
+            return Restore::Nothing;
+        }
+        newest(self.kept.get(id).into_iter().flatten().filter_map(|name| self.snapshots.get(&at(name)).map(|s| &**s)))
+    }
+
+    /// A snapshot, its bot and record, and how it is with its node.
+    pub fn snapshot_view(&mut self, name: &Name, now: Instant) -> Option<SeenSnapshot> {
+        let snapshot = self.snapshots.get(name)?.clone();
+        let bot_name = Name { namespace: name.namespace.clone(), name: snapshot.spec.bot_container_name.clone() };
+        let bot = self.bots.get(&bot_name).cloned();
+        let hold = bot.as_deref().map(|bot| self.hold(&bot_name, bot));
+        let id = bot.as_deref().map(|bot| Name { namespace: name.namespace.clone(), name: bot_id(bot) });
+        let record = id.and_then(|id| self.records.get(&id).cloned());
+        let node = snapshot.status.as_ref().and_then(|s| s.node_name.as_deref());
+        let node = node.map(|node| self.state(node, now));
+        Some(SeenSnapshot { snapshot, bot, record, hold, node })
     }
 
     /// The node for a bot, or why none fits. A node decided on before is kept if it still fits.
@@ -253,8 +309,11 @@ impl World {
                 // Bound to the node of its layer, by its own reconcile.
                 Hold::Free(Some(_)) | Hold::Mine(Some(_)) | Hold::Other(_) => false,
             };
+            let id = Name { namespace: name.namespace.clone(), name: bot_id(bot) };
             if free
                 && bot.metadata.deletion_timestamp.is_none()
+                // Placed where its version is, by its own reconcile as well.
+                && self.restore(&id, bot) == Restore::Nothing
                 && let Ok(node) = self.place(name, bot, None, now)
             {
                 self.reserve(name, bot, Some(&node));
@@ -336,7 +395,7 @@ impl World {
 
     /// Whether a snapshot of a record's botId was seen.
     pub fn has_snapshots(&self, record: &BotRecord) -> bool {
-        self.kept.get(&name_of(record)).is_some_and(|n| *n > 0)
+        self.kept.contains_key(&name_of(record))
     }
 
     /// Since when nothing of a record's bot is there.
@@ -350,31 +409,93 @@ impl World {
     }
 
     /// A snapshot was seen.
-    pub fn saw_snapshot(&mut self, snapshot: &BotSnapshot) -> Vec<Key> {
-        let name = name_of(snapshot);
-        let id = snapshot.status.as_ref().and_then(|s| s.bot_id.clone());
-        if self.snapshots.get(&name) == id.as_ref() {
+    pub fn saw_snapshot(&mut self, mut snapshot: BotSnapshot) -> Vec<Key> {
+        let name = name_of(&snapshot);
+        let known = self.snapshots.get(&name);
+        if !newer(known, &snapshot) {
             return Vec::new();
         }
-        let keys = self.snapshot_gone(&name);
-        if let Some(id) = id {
-            *self.kept.entry(Name { namespace: name.namespace.clone(), name: id.clone() }).or_default() += 1;
-            self.snapshots.insert(name, id);
-        }
+        let usable = |snapshot: &BotSnapshot| snapshot.status.as_ref().map(|s| (s.phase, s.bot_id.clone(), s.version));
+        let news = known.is_none_or(|known| {
+            usable(known) != usable(&snapshot)
+                || known.metadata.deletion_timestamp.is_some() != snapshot.metadata.deletion_timestamp.is_some()
+        });
+        self.forget_snapshot(&name);
+        snapshot.metadata.managed_fields = None;
+        let status = snapshot.status.get_or_insert_default();
+        status.changes = None;
+        let at = |text: &str| Name { namespace: name.namespace.clone(), name: text.to_owned() };
+        match (&status.bot_id, status.version) {
+            (Some(id), Some(_)) => self.kept.entry(at(id)).or_default().insert(name.name.clone()),
+            _ => self.asked.entry(at(&snapshot.spec.bot_container_name)).or_default().insert(name.name.clone()),
+        };
+        let snapshot = Arc::new(snapshot);
+        self.snapshots.insert(name.clone(), snapshot.clone());
+        let mut keys = if news { self.concerned(&name, &snapshot) } else { Vec::new() };
+        keys.push(Key::Snapshot(name));
         keys
     }
 
-    /// A snapshot is gone.
-    pub fn snapshot_gone(&mut self, name: &Name) -> Vec<Key> {
-        let Some(id) = self.snapshots.remove(name) else { return Vec::new() };
-        let id = Name { namespace: name.namespace.clone(), name: id };
-        if let Some(n) = self.kept.get_mut(&id) {
-            *n = n.saturating_sub(1);
-            if *n == 0 {
-                self.kept.remove(&id);
+    /// A snapshot is gone; with `uid`, only if it is that one.
+    pub fn snapshot_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+        if self.snapshots.get(name).is_none_or(|s| uid.is_some() && s.uid().as_deref() != uid) {
+            return Vec::new();
+        }
+        let Some(snapshot) = self.forget_snapshot(name) else { return Vec::new() };
+        self.concerned(name, &snapshot)
+    }
+
+    fn forget_snapshot(&mut self, name: &Name) -> Option<Arc<BotSnapshot>> {
+        let snapshot = self.snapshots.remove(name)?;
+        let id = snapshot.status.as_ref().and_then(|s| s.bot_id.clone()).unwrap_or_default();
+        let at = |text: String| Name { namespace: name.namespace.clone(), name: text };
+        for (index, key) in [(&mut self.kept, id), (&mut self.asked, snapshot.spec.bot_container_name.clone())] {
+            if let Entry::Occupied(mut names) = index.entry(at(key)) {
+                names.get_mut().remove(&name.name);
+                if names.get().is_empty() {
+                    names.remove();
+                }
             }
         }
-        vec![Key::Record(id)]
+        Some(snapshot)
+    }
+
+    /// Whom a change of a snapshot concerns: its record, its bot, and those that wait to start from it.
+    fn concerned(&self, name: &Name, snapshot: &BotSnapshot) -> Vec<Key> {
+        let at = |text: &str| Name { namespace: name.namespace.clone(), name: text.to_owned() };
+        let mut keys = vec![Key::Bot(at(&snapshot.spec.bot_container_name))];
+        if let Some(id) = snapshot.status.as_ref().and_then(|s| s.bot_id.as_deref()) {
+            keys.push(Key::Record(at(id)));
+            keys.extend(self.by_id.get(&at(id)).into_iter().flatten().map(|bot| Key::Bot(at(bot))));
+        }
+        let waits = |bot: &&Name| {
+            let from = self.bots.get(*bot).and_then(|bot| bot.spec.restore_from.as_ref());
+            bot.namespace == name.namespace && from.is_some_and(|from| from.snapshot_name == name.name)
+        };
+        keys.extend(self.unbound.iter().filter(waits).cloned().map(Key::Bot));
+        keys.retain(|key| !matches!(key, Key::Bot(bot) if !self.bots.contains_key(bot)));
+        keys
+    }
+
+    /// The snapshots without a number that name a bot.
+    fn asked_of(&self, bot: &Name) -> Vec<Key> {
+        let at = |name: &String| Name { namespace: bot.namespace.clone(), name: name.clone() };
+        self.asked.get(bot).into_iter().flatten().map(|name| Key::Snapshot(at(name))).collect()
+    }
+
+    /// Whether a snapshot of that name was seen.
+    pub fn has_snapshot(&self, name: &Name) -> bool {
+        self.snapshots.contains_key(name)
+    }
+
+    /// The highest version that a bot was seen to have, by its snapshots and its own status; 0 without any.
+    pub fn highest_version(&self, namespace: &str, bot_id: &str) -> i64 {
+        let at = |name: &str| Name { namespace: namespace.to_owned(), name: name.to_owned() };
+        let kept = self.kept.get(&at(bot_id)).into_iter().flatten();
+        let kept = kept.filter_map(|name| self.snapshots.get(&at(name))?.status.as_ref()?.version);
+        let bots = self.by_id.get(&at(bot_id)).into_iter().flatten();
+        let told = bots.filter_map(|name| self.bots.get(&at(name))?.status.as_ref()?.last_version);
+        kept.chain(told).max().unwrap_or(0)
     }
 
     // --- nodes
@@ -539,6 +660,10 @@ impl World {
         keys.push(Key::Pending);
         keys.extend(self.bots.keys().cloned().map(Key::Bot));
         keys.extend(self.records.keys().cloned().map(Key::Record));
+        // In the order in which they were asked for: numbers follow it as far as they can.
+        let mut snapshots: Vec<_> = self.snapshots.values().collect();
+        snapshots.sort_by_key(|s| (s.creation_timestamp(), s.name_any()));
+        keys.extend(snapshots.into_iter().map(|s| Key::Snapshot(name_of(&**s))));
         keys
     }
 

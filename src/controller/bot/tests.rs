@@ -30,9 +30,13 @@ fn removed(body: &mut Value) {
         "lastTransitionTime": "2026-11-24T00:00:00Z"}]);
 }
 
+fn view(bot: &BotContainer, hold: Hold, home: Option<NodeState>) -> View<'_> {
+    View { bot, hold, home, restore: Restore::Nothing, rolled_back: None }
+}
+
 /// Decides with a placement that gives node-2, or the node of the layer.
 fn plan(bot: &BotContainer, hold: Hold, home: Option<NodeState>) -> Plan {
-    decide(&View { bot, hold, home }, |layer| Ok(layer.unwrap_or("node-2").to_owned()))
+    decide(&view(bot, hold, home), |layer| Ok(layer.unwrap_or("node-2").to_owned()))
 }
 
 fn mine(node: &str) -> Hold {
@@ -44,7 +48,7 @@ fn free(node: &str) -> Hold {
 }
 
 fn place(node: &str, take: bool, finalizer: bool) -> Plan {
-    Plan::Place { node: node.to_owned(), take, finalizer }
+    Plan::Place { node: node.to_owned(), take, finalizer, restore: None }
 }
 
 fn keep(take: bool, finalizer: bool, claim: Claim) -> Plan {
@@ -80,7 +84,7 @@ fn an_unbound_bot_that_can_not_be_placed_says_why() {
     let Plan::Wait { reason, message } = plan(&new, Hold::Other("old".to_owned()), None) else { panic!() };
     assert_eq!(reason, Reason::BotIdInUse);
     assert!(message.contains("the-bot") && message.contains("BotContainer old"), "{message}");
-    let full = |hold| decide(&View { bot: &new, hold, home: None }, |_| Err("0/1 nodes fit".to_owned()));
+    let full = |hold| decide(&view(&new, hold, None), |_| Err("0/1 nodes fit".to_owned()));
     let wait = |message: &str| Plan::Wait { reason: Reason::Unschedulable, message: message.to_owned() };
     assert_eq!(full(Hold::None), wait("0/1 nodes fit"));
     assert_eq!(full(free("node-1")), wait("the layer of botId the-bot is on node-1: 0/1 nodes fit"));
@@ -143,4 +147,39 @@ fn a_deleted_bot_is_let_go_when_its_node_has_nothing_of_it() {
     assert_eq!(plan(&bound, mine("node-1"), gone()), Plan::LetGo { release, lost: lost_words("gone") });
     assert_eq!(plan(&done, mine("node-1"), lost()), Plan::LetGo { release, lost: None });
     assert_eq!(plan(&done, Hold::None, gone()), Plan::LetGo { release: false, lost: None }, "cut off half-way");
+}
+
+#[test]
+fn a_bot_is_placed_where_the_version_is_that_it_starts_from() {
+    let (new, from) = (
+        bot(|_| {}),
+        RestoredFrom { snapshot_name: "s".to_owned(), uid: "su".to_owned(), bot_id: "the-bot".to_owned(), version: 3 },
+    );
+    let there = Restore::From { from: from.clone(), node: "node-7".to_owned() };
+    let decided =
+        |hold, restore| decide(&View { restore, ..view(&new, hold, None) }, |at| Ok(at.unwrap_or("node-2").to_owned()));
+    let placed = |node: &str, take, restore| Plan::Place { node: node.to_owned(), take, finalizer: true, restore };
+    assert_eq!(decided(Hold::None, there.clone()), placed("node-7", true, Some(from.clone())));
+    assert_eq!(decided(free("node-1"), there.clone()), placed("node-7", true, Some(from.clone())));
+    assert_eq!(decided(mine("node-7"), there.clone()), placed("node-7", false, Some(from)), "a pass that was cut off");
+    assert_eq!(decided(mine("node-1"), there), placed("node-1", false, None), "it has a layer of its own");
+    let wait = Restore::Wait { reason: Reason::RestoreWaiting, message: "not yet".to_owned() };
+    let waits = Plan::Wait { reason: Reason::RestoreWaiting, message: "not yet".to_owned() };
+    assert_eq!(decided(Hold::None, wait.clone()), waits, "never without its data");
+    assert_eq!(decided(Hold::Other("old".to_owned()), wait), {
+        let message = "botId the-bot is held by BotContainer old; this one goes on when that is gone".to_owned();
+        Plan::Wait { reason: Reason::BotIdInUse, message }
+    });
+}
+
+#[test]
+fn a_rollback_that_was_done_is_noted_in_the_record() {
+    let done = bot(|body| {
+        on_1(body);
+        body["status"]["rollback"] = json!({"id": "monday"});
+    });
+    let noted = |rolled_back| decide(&View { rolled_back, ..view(&done, mine("node-1"), None) }, |_| panic!());
+    assert_eq!(noted(Some("monday")), keep(false, false, Claim::Keep));
+    assert_eq!(noted(Some("sunday")), keep(true, false, Claim::Keep));
+    assert_eq!(noted(None), keep(true, false, Claim::Keep));
 }

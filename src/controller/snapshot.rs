@@ -1,0 +1,547 @@
+//! BotSnapshots: who they are of, their numbers, where they are made, and when they are let go.
+//!
+//! ```text
+//! no such bot, bot not placed      wait, with the reason; failed when its deadline is over
+//! bot placed                       finalizer -> number, noted in the BotRecord -> number and node in its own status
+//! given                            its node's agent takes it: nothing to do
+//! being deleted                    let go when its agent says Removed, or when it never had a node, or that is gone
+//! ```
+//!
+//! A number is given once: the record names the snapshot that it was given to in the same write, and no other number is
+//! given before that snapshot says its own or is gone. So a controller that dies between the two writes leaves no gap, and a
+//! write whose answer was lost is found done.
+//!
+//! The controller makes snapshots itself too, when an agent waits for one ([`Cause`]): each under a name that is computed
+//! from the bot and the cause, so that none is made twice.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::api::{Api, DeleteParams, ListParams, Patch, PostParams, Preconditions};
+use kube::{Resource as _, ResourceExt as _};
+use serde_json::json;
+use sha2::{Digest as _, Sha256};
+
+use crate::api::bot_container::{DeletionPolicy, RestoredFrom};
+use crate::api::bot_record::Given;
+use crate::api::bot_snapshot::{BotSnapshotSpec, SnapshotPhase, SnapshotSource};
+use crate::api::condition::{ConditionType, Reason, condition, find};
+use crate::api::{
+    BotContainer, BotRecord, BotSnapshot, BotSnapshotStatus, CONTROLLER, SNAPSHOT_FINALIZER, SOURCE_LABEL,
+};
+
+use super::bot::bound_to;
+use super::error::Error;
+use super::event::Note;
+use super::node::NodeState;
+use super::record::{Hold, bot_id};
+use super::{Context, Name, Next};
+
+/// Annotation of a BotSnapshot that the controller made: what of, in words that tell it from others of its source.
+const CAUSE: &str = "berth.dev/cause";
+
+/// Why the controller makes a snapshot by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// What a rollback of this id replaces.
+    Rollback(String),
+    /// The last one of a bot that is deleted under `deletionPolicy: Retain`.
+    Preserved,
+    /// Before the bot moves to this image.
+    ImageChange(String),
+    /// Due at this time.
+    Scheduled(Timestamp),
+}
+
+impl Cause {
+    /// The source that such a snapshot has.
+    pub fn source(&self) -> SnapshotSource {
+        match self {
+            Self::Rollback(_) => SnapshotSource::Rollback,
+            Self::Preserved => SnapshotSource::Preserved,
+            Self::ImageChange(_) => SnapshotSource::PreImageChange,
+            Self::Scheduled(_) => SnapshotSource::Scheduled,
+        }
+    }
+
+    fn words(&self) -> String {
+        match self {
+            Self::Rollback(id) => id.clone(),
+            Self::Preserved => String::new(),
+            Self::ImageChange(image) => image.clone(),
+            Self::Scheduled(at) => at.to_string(),
+        }
+    }
+
+    /// What a bot's agent waits for: it says so, and the spec says why.
+    pub fn awaited(bot: &BotContainer) -> Option<Self> {
+        let status = bot.status.as_ref()?;
+        find(&status.conditions, ConditionType::Ready).filter(|c| c.reason == Reason::WaitingForSnapshot.as_str())?;
+        if bot.metadata.deletion_timestamp.is_some() {
+            return (bot.spec.deletion_policy == DeletionPolicy::Retain).then_some(Self::Preserved);
+        }
+        let done = status.rollback.as_ref().map(|done| &done.id);
+        let rollback = bot.spec.rollback.as_ref().filter(|asked| asked.keep_replaced && Some(&asked.id) != done)?;
+        Some(Self::Rollback(rollback.id.clone()))
+    }
+}
+
+/// The source in the API's words.
+fn word(source: SnapshotSource) -> String {
+    serde_json::to_value(source).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// The name of the snapshot that the controller makes of a bot for a cause: always the same one.
+pub fn automatic_name(bot: &BotContainer, source: SnapshotSource, cause: &str) -> String {
+    let uid = bot.uid().unwrap_or_default();
+    let hash = Sha256::digest(format!("{uid}\n{}\n{cause}", word(source)));
+    let hash: String = hash.iter().take(5).map(|byte| format!("{byte:02x}")).collect();
+    let kind = word(source).to_lowercase();
+    // A name has 253 characters at most; kind and hash take 26 of them.
+    let stem: String = bot.name_any().chars().take(220).collect();
+    format!("{}-{kind}-{hash}", stem.trim_end_matches(['-', '.']))
+}
+
+/// Who asked for a snapshot: what its label says, if its name proves that the controller made it of this bot; else a user.
+pub fn source(snapshot: &BotSnapshot, bot: &BotContainer) -> SnapshotSource {
+    let label = snapshot.labels().get(SOURCE_LABEL);
+    let said = label.and_then(|text| serde_json::from_value::<SnapshotSource>(json!(text)).ok());
+    let cause = snapshot.annotations().get(CAUSE).map_or("", String::as_str);
+    said.filter(|said| automatic_name(bot, *said, cause) == snapshot.name_any()).unwrap_or(SnapshotSource::Manual)
+}
+
+/// What a decision is made from.
+#[derive(Clone, Debug)]
+pub struct View<'a> {
+    /// The snapshot.
+    pub snapshot: &'a BotSnapshot,
+    /// The bot that it names, if there is one.
+    pub bot: Option<&'a BotContainer>,
+    /// How that bot stands to the record of its botId.
+    pub hold: Option<Hold>,
+    /// How it is with the node that the snapshot is on, if it is on one.
+    pub node: Option<NodeState>,
+}
+
+/// What to do about a snapshot. Each is safe to be cut off anywhere and decided again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plan {
+    /// Nothing.
+    Rest,
+    /// Say what it waits for, until its deadline.
+    Wait {
+        /// WaitingForBot or BotNotFound.
+        reason: Reason,
+        /// For people.
+        message: String,
+        /// When it fails.
+        until: Timestamp,
+    },
+    /// It will never be made.
+    Fail {
+        /// Why, in a word.
+        reason: Reason,
+        /// Why.
+        message: String,
+    },
+    /// Give it its finalizer, its number and its node. Cut off: the record names it, so it gets the same number.
+    Give {
+        /// Where it is made.
+        node: String,
+        /// Who asked for it.
+        source: SnapshotSource,
+    },
+    /// Remove the finalizer.
+    LetGo {
+        /// What is lost with its node, if that is gone.
+        lost: Option<String>,
+    },
+}
+
+/// What to do about a snapshot.
+pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
+    let View { snapshot, bot, hold, node } = view;
+    let none = BotSnapshotStatus::default();
+    let status = snapshot.status.as_ref().unwrap_or(&none);
+    if snapshot.metadata.deletion_timestamp.is_some() {
+        if !snapshot.finalizers().iter().any(|f| f == SNAPSHOT_FINALIZER) {
+            return Plan::Rest;
+        }
+        return match node {
+            None => Plan::LetGo { lost: None },
+            _ if removed(status) => Plan::LetGo { lost: None },
+            Some(NodeState::Gone(why)) => Plan::LetGo { lost: Some(why.clone()) },
+            Some(_) => Plan::Rest,
+        };
+    }
+    if status.version.is_some() || status.phase == Some(SnapshotPhase::Failed) {
+        return Plan::Rest;
+    }
+    let created = snapshot.creation_timestamp().map_or(now, |at| at.0);
+    let until = created
+        .saturating_add(std::time::Duration::from_secs(snapshot.spec.failure_deadline_seconds.max(0).unsigned_abs()));
+    let until = until.unwrap_or(Timestamp::MAX);
+    let name = &snapshot.spec.bot_container_name;
+    let wait = |reason, message: String| {
+        if now < until {
+            Plan::Wait { reason, message, until }
+        } else {
+            let reason = if reason == Reason::BotNotFound { reason } else { Reason::DeadlineExceeded };
+            let limit = snapshot.spec.failure_deadline_seconds;
+            Plan::Fail { reason, message: format!("{message}, and failureDeadlineSeconds ({limit}) are over") }
+        }
+    };
+    let Some(bot) = bot else {
+        return wait(Reason::BotNotFound, format!("there is no BotContainer {name} in this namespace"));
+    };
+    let source = source(snapshot, bot);
+    if bot.metadata.deletion_timestamp.is_some() && source != SnapshotSource::Preserved {
+        return Plan::Fail {
+            reason: Reason::BotTerminating,
+            message: format!("BotContainer {name} is being deleted; its deletionPolicy says what is kept of it"),
+        };
+    }
+    match (bound_to(bot), hold) {
+        (Some(node), Some(Hold::Mine(_))) => Plan::Give { node: node.to_owned(), source },
+        (Some(_), _) => wait(Reason::WaitingForBot, format!("BotContainer {name} has no BotRecord of its own yet")),
+        (None, _) => wait(Reason::WaitingForBot, format!("BotContainer {name} is on no node yet, so it has no layer")),
+    }
+}
+
+/// Whether the agent said that nothing of the snapshot is left that only its object would free.
+fn removed(status: &BotSnapshotStatus) -> bool {
+    find(&status.conditions, ConditionType::Ready)
+        .is_some_and(|c| c.status == "False" && c.reason == Reason::Removed.as_str())
+}
+
+/// What a snapshot's number is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Number {
+    /// It was given this one, and only has to be told.
+    Has(i64),
+    /// It gets this one.
+    Gets(i64),
+    /// Another was given one and does not say so yet: it comes first.
+    After(Given),
+}
+
+/// The number of the snapshot `uid`. `highest` is the highest that is known from elsewhere; `untold` whether the one that
+/// was given the last number is there and does not say it.
+pub fn number(record: &BotRecord, uid: &str, highest: i64, untold: bool) -> Number {
+    match &record.spec.last_given {
+        Some(given) if given.uid == uid => Number::Has(record.spec.last_version),
+        Some(given) if untold => Number::After(given.clone()),
+        _ => Number::Gets(record.spec.last_version.max(highest).saturating_add(1)),
+    }
+}
+
+/// What a bot that has no layer is to start from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Restore {
+    /// Its image.
+    Nothing,
+    /// A version, which is on that node.
+    From {
+        /// Which.
+        from: RestoredFrom,
+        /// Where.
+        node: String,
+    },
+    /// Nothing yet.
+    Wait {
+        /// RestoreFailed where only an edit or another object helps, RestoreWaiting else.
+        reason: Reason,
+        /// For people.
+        message: String,
+    },
+}
+
+/// Whether a version can be started from: it is whole, and stays.
+pub fn usable(name: &str, snapshot: Option<&BotSnapshot>) -> Restore {
+    let failed = |message| Restore::Wait { reason: Reason::RestoreFailed, message };
+    let waiting = |message| Restore::Wait { reason: Reason::RestoreWaiting, message };
+    let Some(snapshot) = snapshot else {
+        return failed(format!("there is no BotSnapshot {name} in this namespace; it is waited for"));
+    };
+    if snapshot.metadata.deletion_timestamp.is_some() {
+        return failed(format!("the BotSnapshot {name} is being deleted; name another"));
+    }
+    let none = BotSnapshotStatus::default();
+    let status = snapshot.status.as_ref().unwrap_or(&none);
+    let phase = status.phase.unwrap_or_default();
+    match (phase, &status.bot_id, status.version, &status.node_name) {
+        (SnapshotPhase::Ready, Some(bot_id), Some(version), Some(node)) => Restore::From {
+            from: RestoredFrom {
+                snapshot_name: name.to_owned(),
+                uid: snapshot.uid().unwrap_or_default(),
+                bot_id: bot_id.clone(),
+                version,
+            },
+            node: node.clone(),
+        },
+        (SnapshotPhase::Failed, ..) => failed(format!("the BotSnapshot {name} failed and holds nothing; name another")),
+        _ => waiting(format!("the BotSnapshot {name} is not Ready yet: {phase:?}")),
+    }
+}
+
+/// The newest version that a botId left behind. One that is still being made is waited for.
+pub fn newest<'a>(snapshots: impl IntoIterator<Item = &'a BotSnapshot>) -> Restore {
+    let number = |snapshot: &BotSnapshot| snapshot.status.as_ref().and_then(|s| s.version).unwrap_or(0);
+    let failed = |snapshot: &BotSnapshot| {
+        snapshot.status.as_ref().and_then(|s| s.phase) == Some(SnapshotPhase::Failed)
+            || snapshot.metadata.deletion_timestamp.is_some()
+    };
+    match snapshots.into_iter().filter(|s| !failed(s)).max_by_key(|s| number(s)) {
+        Some(newest) => usable(&newest.name_any(), Some(newest)),
+        None => Restore::Nothing,
+    }
+}
+
+/// Fetch, plan, apply.
+pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
+    let now = Timestamp::now();
+    let (snapshot, bot, record, plan) = {
+        let mut world = context.world();
+        let Some(seen) = world.snapshot_view(name, std::time::Instant::now()) else { return Ok(Next::Done) };
+        let view = View { snapshot: &seen.snapshot, bot: seen.bot.as_deref(), hold: seen.hold, node: seen.node };
+        let plan = decide(&view, now);
+        (seen.snapshot.clone(), seen.bot.clone(), seen.record, plan)
+    };
+    tracing::debug!(?plan, "decided");
+    match plan {
+        Plan::Rest => Ok(Next::Resync),
+        Plan::Wait { reason, message, until } => {
+            say(context, &snapshot, SnapshotPhase::Pending, reason, &message).await?;
+            let wait = until.duration_since(now).try_into().unwrap_or_default();
+            Ok(Next::At(std::time::Instant::now() + wait))
+        }
+        Plan::Fail { reason, message } => {
+            if say(context, &snapshot, SnapshotPhase::Failed, reason, &message).await? {
+                let once = reason.as_str().to_owned();
+                context.events.send(Note::warning(snapshot.object_ref(&()), reason, "Snapshot", message, once));
+            }
+            Ok(Next::Resync)
+        }
+        Plan::Give { node, source } => match (bot, record) {
+            (Some(bot), Some(record)) => give(context, name, &snapshot, &bot, &record, node, source).await,
+            _ => Ok(Next::Resync),
+        },
+        Plan::LetGo { lost } => {
+            if let Some(why) = lost {
+                let text = format!("{why}; the version is lost");
+                let once = snapshot.uid().unwrap_or_default();
+                let reason = Reason::FinalizerReleased;
+                context.events.send(Note::warning(snapshot.object_ref(&()), reason, "Release", text, once));
+            }
+            let left: Vec<_> = snapshot.finalizers().iter().filter(|f| *f != SNAPSHOT_FINALIZER).cloned().collect();
+            match finalizers(context, &snapshot, left).await {
+                // Somebody was quicker, and it is gone.
+                Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => {}
+                done => drop(done?),
+            }
+            Ok(Next::Done)
+        }
+    }
+}
+
+/// Finalizer, number, node.
+async fn give(
+    context: &Context,
+    name: &Name,
+    snapshot: &BotSnapshot,
+    bot: &BotContainer,
+    record: &BotRecord,
+    node: String,
+    source: SnapshotSource,
+) -> Result<Next, Error> {
+    let mut snapshot = snapshot.clone();
+    if !snapshot.finalizers().iter().any(|f| f == SNAPSHOT_FINALIZER) {
+        let mut all = snapshot.finalizers().to_vec();
+        all.push(SNAPSHOT_FINALIZER.to_owned());
+        snapshot = finalizers(context, &snapshot, all).await?;
+    }
+    let uid = snapshot.uid().unwrap_or_default();
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &name.namespace);
+    let untold = match record.spec.last_given.as_ref().filter(|given| given.uid != uid) {
+        // Asked of the API server itself: a number must not be skipped or given twice for a cache that is behind.
+        Some(given) => {
+            let object = format!("BotSnapshot {}/{}", name.namespace, given.name);
+            let live = context.read("looking for the last number", &object, api.get_opt(&given.name)).await?;
+            live.is_some_and(|live| {
+                live.uid().as_ref() == Some(&given.uid) && live.status.is_none_or(|status| status.version.is_none())
+            })
+        }
+        None => false,
+    };
+    let highest = context.world().highest_version(&name.namespace, &bot_id(bot));
+    let version = match number(record, &uid, highest, untold) {
+        Number::Has(version) => version,
+        Number::Gets(version) => {
+            let given = Given { name: snapshot.name_any(), uid: uid.clone() };
+            super::record::count(context, record, version, &given).await?;
+            version
+        }
+        Number::After(given) => {
+            let first = Name { namespace: name.namespace.clone(), name: given.name };
+            context.queue.add_all([super::Key::Snapshot(first)], "number before");
+            return Ok(Next::At(std::time::Instant::now() + std::time::Duration::from_millis(50)));
+        }
+    };
+    let message = format!("waiting for the agent of {node}");
+    let mut status = told(&snapshot, SnapshotPhase::Pending, Reason::WaitingForBot, &message);
+    status.bot_id = Some(bot_id(bot));
+    status.bot_uid = bot.uid();
+    status.version = Some(version);
+    status.node_name = Some(node);
+    status.source = Some(source);
+    write(context, &snapshot, &status, "giving the version").await?;
+    Ok(Next::Resync)
+}
+
+/// Makes the snapshot that a bot's agent waits for, if it is not there.
+pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Result<(), Error> {
+    let namespace = bot.namespace().unwrap_or_default();
+    let (source, words) = (cause.source(), cause.words());
+    let name = automatic_name(bot, source, &words);
+    if context.world().has_snapshot(&Name { namespace: namespace.clone(), name: name.clone() }) {
+        return Ok(());
+    }
+    let spec = BotSnapshotSpec {
+        display_name: Some(match cause {
+            Cause::Rollback(id) => format!("replaced by rollback {id}"),
+            Cause::Preserved => "kept at deletion".to_owned(),
+            Cause::ImageChange(image) => format!("before the change to {image}"),
+            Cause::Scheduled(at) => format!("scheduled for {at}"),
+        })
+        .filter(|text| text.len() <= 253),
+        ..BotSnapshotSpec::of(&bot.name_any())
+    };
+    let mut snapshot = BotSnapshot::new(&name, spec);
+    snapshot.labels_mut().insert(SOURCE_LABEL.to_owned(), word(source));
+    snapshot.annotations_mut().insert(CAUSE.to_owned(), words);
+    // It has it from birth: one write less, and no moment in which it could go unseen.
+    snapshot.metadata.finalizers = Some(vec![SNAPSHOT_FINALIZER.to_owned()]);
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &namespace);
+    let object = format!("BotSnapshot {namespace}/{name}");
+    let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
+    match context.write("making", &object, api.create(&params, &snapshot)).await {
+        Ok(made) => {
+            keep(context, made);
+            Ok(())
+        }
+        // Made before, by us or a leader before us.
+        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Every BotSnapshot of a botId, by a complete list taken now.
+pub async fn all_of(context: &Context, namespace: &str, bot_id: &str) -> Result<Vec<BotSnapshot>, Error> {
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), namespace);
+    let mut page = ListParams::default().limit(500);
+    let mut found = Vec::new();
+    loop {
+        let list = context.read("listing", &format!("BotSnapshots of {namespace}"), api.list(&page)).await?;
+        let of_it = |s: &BotSnapshot| s.status.as_ref().and_then(|s| s.bot_id.as_deref()) == Some(bot_id);
+        found.extend(list.items.into_iter().filter(of_it));
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => return Ok(found),
+        }
+    }
+}
+
+/// Deletes a snapshot; by uid, so that another of its name is not meant.
+pub async fn delete(context: &Context, snapshot: &BotSnapshot) -> Result<(), Error> {
+    if snapshot.metadata.deletion_timestamp.is_some() {
+        return Ok(());
+    }
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &snapshot.namespace().unwrap_or_default());
+    let params = DeleteParams::default().preconditions(Preconditions { uid: snapshot.uid(), resource_version: None });
+    match context.write("deletion", &describe(snapshot), api.delete(&snapshot.name_any(), &params)).await {
+        Ok(_) => Ok(()),
+        // It is gone, or another has its name.
+        Err(Error::Conflict { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+async fn finalizers(context: &Context, snapshot: &BotSnapshot, all: Vec<String>) -> Result<BotSnapshot, Error> {
+    let version = snapshot.resource_version();
+    let body = json!({"metadata": {"uid": snapshot.uid(), "resourceVersion": version, "finalizers": all}});
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &snapshot.namespace().unwrap_or_default());
+    let (params, patch) = (super::merge_params(), Patch::Merge(&body));
+    let written =
+        context.write("finalizer", &describe(snapshot), api.patch(&snapshot.name_any(), &params, &patch)).await?;
+    keep(context, written.clone());
+    Ok(written)
+}
+
+/// Says what it waits for or why it failed, if it does not say so already; whether it was written.
+async fn say(
+    context: &Context,
+    snapshot: &BotSnapshot,
+    phase: SnapshotPhase,
+    reason: Reason,
+    message: &str,
+) -> Result<bool, Error> {
+    let live = snapshot.status.as_ref();
+    let said = live.and_then(|status| find(&status.conditions, ConditionType::Ready));
+    if live.and_then(|status| status.phase) == Some(phase)
+        && said.is_some_and(|c| c.reason == reason.as_str() && c.message == message)
+    {
+        return Ok(false);
+    }
+    write(context, snapshot, &told(snapshot, phase, reason, message), "status").await?;
+    Ok(true)
+}
+
+fn told(snapshot: &BotSnapshot, phase: SnapshotPhase, reason: Reason, message: &str) -> BotSnapshotStatus {
+    let old = snapshot.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+    let mut ready = condition(ConditionType::Ready, Some(false), reason, message, Time(Timestamp::now()));
+    if let Some(before) = find(old, ConditionType::Ready).filter(|c| c.status == ready.status) {
+        ready.last_transition_time = before.last_transition_time.clone();
+    }
+    BotSnapshotStatus {
+        observed_generation: snapshot.metadata.generation,
+        phase: Some(phase),
+        conditions: vec![ready],
+        ..BotSnapshotStatus::default()
+    }
+}
+
+async fn write(
+    context: &Context,
+    snapshot: &BotSnapshot,
+    status: &BotSnapshotStatus,
+    step: &'static str,
+) -> Result<(), Error> {
+    let body = json!({
+        "apiVersion": "berth.dev/v1alpha1",
+        "kind": "BotSnapshot",
+        "metadata": {
+            "name": snapshot.name_any(),
+            "namespace": snapshot.namespace(),
+            "uid": snapshot.uid(),
+            "resourceVersion": snapshot.resource_version(),
+        },
+        "status": status,
+    });
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &snapshot.namespace().unwrap_or_default());
+    let (name, params, patch) = (snapshot.name_any(), super::apply_params(), Patch::Apply(&body));
+    let call = api.patch_status(&name, &params, &patch);
+    keep(context, context.write(step, &describe(snapshot), call).await?);
+    Ok(())
+}
+
+/// Keeps the answer to our own write.
+fn keep(context: &Context, snapshot: BotSnapshot) {
+    let keys = context.world().saw_snapshot(snapshot);
+    context.queue.add_all(keys, "own write");
+}
+
+fn describe(snapshot: &BotSnapshot) -> String {
+    format!("BotSnapshot {}/{}", snapshot.namespace().unwrap_or_default(), snapshot.name_any())
+}
+
+#[cfg(test)]
+mod tests;
