@@ -6,6 +6,7 @@
 //!                ├── containerd/  the gRPC way to containerd
 //!                ├── image/       references, registries, pull, unpack, collection
 //!                ├── oci/         image config + spec -> OCI runtime spec         (pure)
+//!                ├── layer/       exact copies of a bot's layer, made while the bot writes
 //!                ├── network/     network namespaces, CNI, nftables, resolv.conf
 //!                └── output/      the logger that lives beside the shim
 //! api/        the objects, their conditions and CRDs: the single source
@@ -19,6 +20,7 @@ pub mod client;
 pub mod containerd;
 pub mod controller;
 pub mod image;
+pub mod layer;
 pub mod network;
 pub mod oci;
 pub mod output;

@@ -42,10 +42,12 @@ enum Part {
 }
 
 fn main() -> ExitCode {
-    // The logger of bots' output is started by the agent and has to stay small: nothing is parsed or built before it.
+    // Logger and copier are started by the agent, fork, and have to stay small: nothing is parsed or built before them.
     let mut arguments = std::env::args_os().skip(1);
-    if arguments.next().is_some_and(|first| first == berth::output::pair::SUBCOMMAND) {
-        return berth::output::pair::main(arguments);
+    match arguments.next() {
+        Some(first) if first == berth::output::pair::SUBCOMMAND => return berth::output::pair::main(arguments),
+        Some(first) if first == berth::layer::copier::SUBCOMMAND => return berth::layer::copier::main(arguments),
+        _ => {}
     }
     let command = Command::parse();
     let done = match command.part {

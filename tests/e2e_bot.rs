@@ -41,6 +41,8 @@ mod node;
 mod output;
 #[path = "e2e_bot/remove.rs"]
 mod remove;
+#[path = "e2e_bot/snapshots.rs"]
+mod snapshots;
 #[path = "e2e_bot/start.rs"]
 mod start;
 #[path = "e2e_bot/survive.rs"]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd as _;
 
 use containerd_client::services::v1::container::Runtime;
-use containerd_client::services::v1::snapshots::{MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest};
+use containerd_client::services::v1::snapshots::{MountsRequest, RemoveSnapshotRequest};
 use containerd_client::services::v1::{
     AddResourceRequest, Container as ContainerdContainer, CreateContainerRequest, CreateRequest as CreateLeaseRequest,
     CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest,
@@ -18,7 +18,7 @@ use kube::Client;
 use prost_types::{Any, FieldMask};
 use tonic::Code;
 
-use crate::api::bot_container::{ImagePullPolicy, NetworkMode};
+use crate::api::bot_container::{ImagePullPolicy, NetworkMode, RestoredFrom};
 use crate::api::condition::{Reason, chain, cut};
 use crate::api::ids::ContainerId;
 use crate::containerd::{CallContext, CallFailed, Containerd, LeaseId};
@@ -27,16 +27,17 @@ use crate::network::{Cidr, Network, NetworkError, Owner};
 use crate::output::{BotDirName, Output, OutputError};
 
 use super::bundle::{self, Bundle, BundleError};
-use super::desired::{Alive, Desired, Goal};
+use super::desired::{Alive, Desired, Goal, Rollback, Target};
 use super::failpoint::{Effect, around};
 use super::labels;
-use super::observe::{Observed, Task};
-use super::record::{Ending, Life, Record};
+use super::observe::{self, Observed, Task};
+use super::record::{Aside, Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
 use super::shim::{PutAwayFailed, Shims};
 use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
+use super::version::{Taken, Version, VersionError, Versions, is_filling, layers_of};
 
 /// Most of a process's last output that is kept with its end. Bytes.
 const LAST_OUTPUT: usize = 2048;
@@ -105,6 +106,17 @@ pub enum StepError {
     /// What is left of an earlier task is in the way.
     #[error(transparent)]
     Leftover(PutAwayFailed),
+    /// The version to start from can't be used.
+    #[error("the bot can't start from BotSnapshot {snapshot}: {why}")]
+    Restore {
+        /// Its name.
+        snapshot: String,
+        /// Why.
+        why: String,
+    },
+    /// A version can't be copied or made.
+    #[error("a version can't be copied or made")]
+    Version(#[source] VersionError),
     /// A Secret or ConfigMap can't be read.
     #[error("what the spec refers to can't be read")]
     References(#[source] ReadFailed),
@@ -129,6 +141,8 @@ impl StepError {
             Self::Output(error) => error.reason(),
             Self::Bundle(error) => error.reason(),
             Self::Skill(_) => Reason::SkillFailed,
+            Self::Restore { .. } => Reason::RestoreFailed,
+            Self::Version(error) => error.reason(),
             Self::References(_) => Reason::ConfigUnreadable,
         }
     }
@@ -156,6 +170,9 @@ impl StepError {
             Self::NeverPull { .. } | Self::ImageGone { .. } | Self::PullSecret { .. } | Self::References(_) => true,
             // The bot's own doing, which the bot may undo.
             Self::Skill(_) => true,
+            // An edit of the image; a version that somebody brings back.
+            Self::Restore { .. } => true,
+            Self::Version(error) => error.retryable(),
             Self::Bundle(error) => error.retryable(),
         }
     }
@@ -178,6 +195,10 @@ pub struct Actor {
     pub bundle: Bundle,
     /// What is left of tasks.
     pub shims: Shims,
+    /// The versions of this node.
+    pub versions: Versions,
+    /// The snapshotters that may have a layer of a bot.
+    pub snapshotters: Vec<String>,
 }
 
 /// What a step works on.
@@ -253,6 +274,11 @@ impl Actor {
                 Some(record) => around(Effect::SettleNote, self.note(id, &record.settled())).await,
                 None => Ok(()),
             },
+            Step::CopyAside => self.copy_aside(work).await,
+            Step::DropAside => self.drop_aside(work).await,
+            Step::SwitchLayer => self.switch_layer(work).await,
+            Step::SettleReplaced => self.settle_replaced(work).await,
+            Step::Preserve => self.preserve(work).await,
             Step::Remove(parts) => self.remove(parts, work).await,
             Step::RemoveContainer => self.remove_container(id).await,
         }
@@ -304,8 +330,13 @@ impl Actor {
     async fn prepare_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
         let alive = work.alive()?;
         let id = work.id();
+        let snapshotter = &work.desired.snapshotter;
+        let start = match &work.desired.restore {
+            Some(restore) => Some((restore, self.start_of(restore, alive, work.desired).await?)),
+            None => None,
+        };
         let image = self.image(alive, work.desired).await?;
-        let key = labels::first_layer(id);
+        let key = work.observed.layer.as_ref().map_or_else(|| labels::first_layer(id), |half| half.key.clone());
         // The layer is a root for the collector from its first moment on, by its label; so the lease, which is to hold it as
         // long as the bot lives, may be made beside it. It holds what the layer's image is made of as well: the image's config
         // is read at each start.
@@ -326,21 +357,48 @@ impl Actor {
         labels.insert(labels::IMAGE_DIGEST.to_owned(), image.digest.clone());
         labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
         let make = async {
-            let request = PrepareSnapshotRequest {
-                snapshotter: work.desired.snapshotter.clone(),
-                key: key.clone(),
-                parent: image.chain_id.clone(),
-                labels,
+            let (restore, from) = match &start {
+                None => {
+                    let prepare = self.versions.prepare(snapshotter, &key, &image.chain_id, labels);
+                    return match around(Effect::PrepareSnapshot, prepare).await {
+                        Err(error) if error.is_already_exists() => Ok(()),
+                        done => done.map_err(StepError::Runtime),
+                    };
+                }
+                Some(start) => start,
             };
-            let request = self.containerd.request(request);
-            let answer = around(Effect::PrepareSnapshot, self.containerd.snapshots().prepare(request)).await;
-            match answer.call("prepare snapshot", &key) {
+            // It stands on what the version stands on, whatever the image's name has come to mean since.
+            labels.insert(labels::IMAGE_DIGEST.to_owned(), from.digest.clone());
+            labels.insert(labels::VERSION.to_owned(), restore.version.to_string());
+            let name = labels::version(&restore.uid);
+            if restore.bot_id == work.desired.bot_id {
+                let copy = self.versions.copy_out(snapshotter, &restore.uid, &key, labels);
+                return around(Effect::RestoreCopy, copy).await.map_err(StepError::Version);
+            }
+            // A fork shares what it was forked from.
+            match around(Effect::PrepareSnapshot, self.versions.prepare(snapshotter, &key, &name, labels)).await {
                 Err(error) if error.is_already_exists() => Ok(()),
-                done => done.map(|_| ()),
+                done => done.map_err(StepError::Runtime),
             }
         };
         let (hold, make) = tokio::join!(hold, make);
-        hold.and(make).map_err(StepError::Runtime)
+        hold.map_err(StepError::Runtime).and(make)
+    }
+
+    /// What the version stands on that a bot is to start from.
+    async fn start_of(&self, restore: &RestoredFrom, alive: &Alive, desired: &Desired) -> Result<Start, StepError> {
+        let name = labels::version(&restore.uid);
+        let failed = |why: String| StepError::Restore { snapshot: restore.snapshot_name.clone(), why };
+        let info = self.versions.stat(&desired.snapshotter, &name).await.map_err(StepError::Runtime)?;
+        let info = info.ok_or_else(|| failed(format!("{name} is not in containerd on its node")))?;
+        let label = |key: &str| info.labels.get(key).cloned().unwrap_or_default();
+        let (image, wanted) = (label(labels::IMAGE), alive.image.to_string());
+        if image != wanted {
+            return Err(failed(format!(
+                "it stands on the image {image}, and spec.image is {wanted}; set spec.image to that"
+            )));
+        }
+        Ok(Start { digest: label(labels::IMAGE_DIGEST) })
     }
 
     /// The image as the pull policy says.
@@ -425,7 +483,13 @@ impl Actor {
             hash: alive.hash.clone(),
             restarted_at: alive.restarted_at.clone().or_else(|| old.and_then(|old| old.restarted_at.clone())),
             // What is asked when the bot is made counts as done.
-            rollback: old.map_or_else(|| work.desired.rollback.clone(), |old| old.rollback.clone()),
+            rollback: match old {
+                Some(old) => old.rollback.clone(),
+                None => work.desired.rollback.as_ref().map(|asked| asked.id().to_owned()),
+            },
+            rolled: old.and_then(|old| old.rolled.clone()),
+            aside: old.and_then(|old| old.aside.clone()),
+            replaced: old.and_then(|old| old.replaced.clone()),
             limits: alive.limits.clone(),
             skills: made.skills,
             image: layer.image.clone(),
@@ -619,6 +683,137 @@ impl Actor {
         failed.map_or(Ok(()), |failed| Err(StepError::Skill(failed)))
     }
 
+    // --- another layer ---
+
+    fn target<'w>(&self, work: &'w Work<'_>) -> Result<&'w Target, StepError> {
+        match &work.desired.rollback {
+            Some(Rollback::To(target)) => Ok(target),
+            _ => Err(StepError::Changed("no rollback is asked for")),
+        }
+    }
+
+    async fn copy_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let target = self.target(work)?;
+        let key = labels::next_layer(id, &record.layer);
+        let aside = Aside {
+            layer: key.clone(),
+            rollback: target.id.clone(),
+            snapshot: target.version.uid.clone(),
+            complete: false,
+        };
+        let noted = Record { aside: Some(aside.clone()), ..record.clone() };
+        if noted != *record {
+            around(Effect::AsideNote, self.note(id, &noted)).await?;
+        }
+        let name = target.version.runtime_name();
+        let info = self.versions.stat(&record.snapshotter, &name).await.map_err(StepError::Runtime)?;
+        let info = info.ok_or(StepError::Version(VersionError::Missing { name }))?;
+        let mut labels = labels::owner(work.desired);
+        for label in [labels::IMAGE, labels::IMAGE_DIGEST] {
+            labels.insert(label.to_owned(), info.labels.get(label).cloned().unwrap_or_default());
+        }
+        labels.insert(labels::VERSION.to_owned(), target.version.number.to_string());
+        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
+        let copy = self.versions.copy_out(&record.snapshotter, &target.version.uid, &key, labels);
+        around(Effect::AsideCopy, copy).await.map_err(StepError::Version)?;
+        let whole = Record { aside: Some(Aside { complete: true, ..aside }), ..record.clone() };
+        around(Effect::AsideNoteDone, self.note(id, &whole)).await
+    }
+
+    async fn drop_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let Some(aside) = &record.aside else { return Ok(()) };
+        let remove = self.versions.remove(&record.snapshotter, &aside.layer);
+        around(Effect::AsideRemove, remove).await.map_err(StepError::Runtime)?;
+        around(Effect::AsideForget, self.note(id, &Record { aside: None, ..record.clone() })).await
+    }
+
+    async fn switch_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let target = self.target(work)?;
+        let aside = record.aside.as_ref().ok_or(StepError::Changed("no layer was made beside"))?;
+        let found = self.versions.stat(&record.snapshotter, &aside.layer).await.map_err(StepError::Runtime)?;
+        let Some(info) = found.filter(|info| !is_filling(&info.labels)) else {
+            // By somebody's hand: it is made again.
+            self.note(id, &Record { aside: None, ..record.clone() }).await?;
+            return Err(StepError::Changed("the layer that was made beside is gone"));
+        };
+        let switched = record.switched(&observe::layer(info), target, Timestamp::now());
+        around(Effect::SwitchNote, self.note(id, &switched)).await
+    }
+
+    async fn settle_replaced(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let Some(replaced) = &record.replaced else { return Ok(()) };
+        let snapshotter = &record.snapshotter;
+        match &replaced.keep {
+            Some(version) => {
+                let stands = Stands { image: &replaced.image, digest: &replaced.digest, at: replaced.at };
+                let effects = (Effect::ReplacedTaken, Effect::ReplacedCommit);
+                match self.commit_in_place(snapshotter, &replaced.layer, version, stands, effects).await {
+                    // By somebody's hand. The bot must not wait for ever for what can't come back; its snapshot says so.
+                    Err(StepError::Version(VersionError::Missing { name })) => {
+                        tracing::error!(%id, name, version = version.name, "the layer that a rollback replaced is gone");
+                    }
+                    done => done?,
+                }
+            }
+            None => {
+                let remove = self.versions.remove(snapshotter, &replaced.layer);
+                around(Effect::ReplacedRemove, remove).await.map_err(StepError::Runtime)?;
+            }
+        }
+        around(Effect::ReplacedNote, self.note(id, &Record { replaced: None, ..record.clone() })).await
+    }
+
+    async fn preserve(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let layer = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
+        let version = work.desired.preserve.as_ref().ok_or(StepError::Changed("the version has no number"))?;
+        let snapshotter = work.record().map_or(&work.desired.snapshotter, |record| &record.snapshotter);
+        let stands = Stands { image: &layer.image, digest: &layer.digest, at: Timestamp::now() };
+        let effects = (Effect::PreserveTaken, Effect::PreserveCommit);
+        self.commit_in_place(snapshotter, &layer.key, version, stands, effects).await
+    }
+
+    /// Commits a layer that no process uses any more. Safe twice; the facts are noted before, so that a version is never without.
+    async fn commit_in_place(
+        &self,
+        snapshotter: &str,
+        key: &str,
+        version: &Version,
+        stands: Stands<'_>,
+        (note, commit): (Effect, Effect),
+    ) -> Result<(), StepError> {
+        let Some(info) = self.versions.stat(snapshotter, key).await.map_err(StepError::Runtime)? else {
+            let name = version.runtime_name();
+            return match self.versions.stat(snapshotter, &name).await.map_err(StepError::Runtime)? {
+                Some(_) => Ok(()),
+                None => Err(StepError::Version(VersionError::Missing { name: key.to_owned() })),
+            };
+        };
+        let taken = Taken {
+            taken_at: stands.at,
+            frozen_millis: 0,
+            taken: crate::api::bot_snapshot::Taken::Stopped,
+            parent: info.parent,
+            snapshotter: snapshotter.to_owned(),
+            image: stands.image.to_owned(),
+            digest: stands.digest.to_owned(),
+            size_bytes: None,
+            files: None,
+            changes: None,
+        };
+        around(note, async { self.versions.note(&version.uid, &taken) }).await.map_err(StepError::Version)?;
+        let (name, labels) = (version.runtime_name(), version.labels(stands.image, stands.digest));
+        let done = self.versions.commit(snapshotter, key, &name, labels);
+        around(commit, done).await.map_err(StepError::Runtime)
+    }
+
     // --- down ---
 
     async fn stop(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -774,6 +969,7 @@ impl Actor {
     async fn remove_unseen(&self, id: &ContainerId) -> Result<(), StepError> {
         around(Effect::RemoveLogs, self.output.remove(id, false)).await.map_err(StepError::Output)?;
         around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
+        around(Effect::RemoveSpare, self.remove_spare(id)).await?;
         let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
         let answer =
             around(Effect::RemoveLease, self.containerd.leases().delete(self.containerd.request(request))).await;
@@ -781,6 +977,19 @@ impl Actor {
             Err(error) if error.is_not_found() => Ok(()),
             done => done.map(|_| ()).map_err(StepError::Runtime),
         }
+    }
+
+    /// Layers that were made beside, or replaced, and never settled.
+    async fn remove_spare(&self, id: &ContainerId) -> Result<(), StepError> {
+        let Some(uid) = ContainerId::uid_of(id.as_str()) else { return Ok(()) };
+        for snapshotter in &self.snapshotters {
+            let filter = format!("labels.\"{}\"=={uid}", labels::UID);
+            let found = self.versions.list(snapshotter, filter).await.map_err(StepError::Runtime)?;
+            for layer in layers_of(id, &found) {
+                self.versions.remove(snapshotter, &layer.name).await.map_err(StepError::Runtime)?;
+            }
+        }
+        Ok(())
     }
 
     async fn remove_container(&self, id: &ContainerId) -> Result<(), StepError> {
@@ -807,6 +1016,19 @@ impl Actor {
         let answer = self.containerd.containers().update(self.containerd.request(request)).await;
         answer.call("update container", id.as_str()).map(|_| ()).map_err(StepError::Runtime)
     }
+}
+
+/// What a layer stands on, and when it was left.
+#[derive(Clone, Copy)]
+struct Stands<'a> {
+    image: &'a str,
+    digest: &'a str,
+    at: Timestamp,
+}
+
+/// What a restored layer stands on.
+struct Start {
+    digest: String,
 }
 
 /// A refusal to create a task is believed after so many failures all the same.

@@ -187,6 +187,26 @@ impl AgentArgs {
         self.run_dir.join("files")
     }
 
+    /// Where a bot is noted that a snapshot has frozen, as long as it is.
+    pub fn debts_dir(&self) -> PathBuf {
+        self.run_dir.join("frozen")
+    }
+
+    /// Where versions' manifests lie.
+    pub fn snapshots_dir(&self) -> PathBuf {
+        self.state_dir.join("snapshots")
+    }
+
+    /// The cgroup of what copies layers, from the root of each hierarchy.
+    pub fn copier_cgroup(&self) -> String {
+        format!("/{}/copier", self.cgroup_parent.trim_matches('/'))
+    }
+
+    /// This program's own file, for the processes that it starts.
+    pub fn program(&self) -> anyhow::Result<PathBuf> {
+        std::env::current_exe().context("can't find this program's own file, for loggers and copiers")
+    }
+
     /// How long an orphan is left alone.
     pub fn orphan_grace(&self) -> Duration {
         Duration::from_secs(self.orphan_grace_seconds)
@@ -246,7 +266,7 @@ impl AgentArgs {
             max_file_bytes: self.log_file_bytes,
             max_files: self.log_files,
             cgroup: Some(format!("/{}/logger", self.cgroup_parent.trim_matches('/'))),
-            program: std::env::current_exe().context("can't find this program's own file, for the loggers")?,
+            program: self.program()?,
         })
     }
 

@@ -161,6 +161,14 @@ impl Cgroups {
         }
     }
 
+    /// The cgroup that freezes a bot, whether or not it is there.
+    pub fn freezers(&self, id: &ContainerId) -> Vec<PathBuf> {
+        vec![match self.version {
+            Version::V1 => self.file("freezer", id, ""),
+            Version::V2 => self.file("", id, ""),
+        }]
+    }
+
     fn file(&self, controller: &str, id: &ContainerId, name: &str) -> PathBuf {
         Path::new(ROOT).join(controller).join(self.path(id).trim_start_matches('/')).join(name)
     }

@@ -1,17 +1,21 @@
 //! BotContainer -> [`Desired`]: parsed once, so that nothing later can be wrong. The only place that may refuse.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::api::BotContainer;
 use crate::api::bot_container::{
-    BotContainerSpec, DeletionPolicy, ImagePullPolicy, NetworkMode, OperatingMode, RestartPolicy,
+    BotContainerSpec, DeletionPolicy, ImagePullPolicy, NetworkMode, OperatingMode, RestartPolicy, RestoredFrom,
+    RollbackSpec,
 };
+use crate::api::bot_snapshot::{SnapshotPhase, SnapshotSource, automatic_name};
 use crate::api::condition::Reason;
 use crate::api::ids::{BotUid, ContainerId};
+use crate::api::{BotContainer, BotSnapshot};
 use crate::image::Reference;
 
 use super::cost;
 use super::skills::{self, Skills};
+use super::version::Version;
 
 /// What the objects ask of this node for one bot.
 #[derive(Clone, Debug, PartialEq)]
@@ -28,12 +32,62 @@ pub struct Desired {
     pub bot_id: String,
     /// Snapshotter of the layer.
     pub snapshotter: String,
-    /// Id of the rollback that is asked for, if one is.
-    pub rollback: Option<String>,
+    /// The rollback that is asked for, if one is.
+    pub rollback: Option<Rollback>,
+    /// The version to start from, where there is no layer.
+    pub restore: Option<RestoredFrom>,
+    /// The version that a bot which is deleted under `Retain` becomes, once the controller has given it.
+    pub preserve: Option<Version>,
     /// Whether snapshots are asked for by a schedule.
     pub scheduled: bool,
     /// What the object is to be.
     pub goal: Goal,
+}
+
+/// A rollback that the spec asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Rollback {
+    /// It can't be done: there is no such version here, or none that fits. What runs, runs on.
+    Impossible {
+        /// Its id.
+        id: String,
+        /// Which field, what is wrong, what is right.
+        why: String,
+    },
+    /// It can.
+    To(Box<Target>),
+}
+
+impl Rollback {
+    /// What names it.
+    pub fn id(&self) -> &str {
+        match self {
+            Self::Impossible { id, .. } => id,
+            Self::To(target) => &target.id,
+        }
+    }
+}
+
+/// Where a rollback leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Names the rollback.
+    pub id: String,
+    /// The version to go back to.
+    pub version: Version,
+    /// What becomes of the layer in use.
+    pub keep: Keep,
+}
+
+/// What becomes of a layer that is replaced.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// It goes.
+    No,
+    /// It becomes a version, which the controller has not given yet.
+    Awaited,
+    /// It becomes this version.
+    As(Version),
 }
 
 /// What the object is to be.
@@ -47,6 +101,11 @@ pub enum Goal {
     /// Deleted under `deletionPolicy: Retain`: no process, and a layer, where there is one, stays until it is a version or the
     /// policy is another.
     Retained {
+        /// Between TERM and KILL.
+        grace: Duration,
+    },
+    /// No process for a moment, since a snapshot of consistency Stopped is taken; all else is kept for the next start.
+    Held {
         /// Between TERM and KILL.
         grace: Duration,
     },
@@ -114,8 +173,14 @@ pub struct Unusable {
     field: &'static str,
 }
 
-/// Reads what one object asks for. `default_snapshotter` is the node's.
-pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired, Unusable> {
+/// Reads what one object asks for. `default_snapshotter` is the node's, `snapshots` are those of this node, `held` whether a
+/// snapshot asks for no process.
+pub fn desired(
+    bot: &BotContainer,
+    default_snapshotter: &str,
+    snapshots: &[Arc<BotSnapshot>],
+    held: bool,
+) -> Result<Desired, Unusable> {
     let meta = &bot.metadata;
     let namespace = meta.namespace.clone().unwrap_or_default();
     let name = meta.name.clone().unwrap_or_default();
@@ -132,6 +197,7 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
         Goal::Stopped { grace }
     } else {
         match alive(spec, grace) {
+            Ok(_) if held => Goal::Held { grace },
             Ok(alive) => Goal::Alive(Box::new(alive)),
             Err(refusal) => Goal::Refused { grace, refusal },
         }
@@ -143,9 +209,106 @@ pub fn desired(bot: &BotContainer, default_snapshotter: &str) -> Result<Desired,
         .or_else(|| spec.bot_id.clone())
         .unwrap_or_else(|| uid.to_string());
     let snapshotter = spec.snapshotter.clone().unwrap_or_else(|| default_snapshotter.to_owned());
-    let rollback = spec.rollback.as_ref().map(|rollback| rollback.id.clone());
+    let of_bot = Versions { namespace: &namespace, bot_id: &bot_id, snapshots };
+    let rollback = spec.rollback.as_ref().map(|asked| of_bot.rollback(asked, &name, &uid, &spec.image));
+    let restore = bot.status.as_ref().and_then(|status| status.restored_from.clone());
+    let preserved = matches!(goal, Goal::Retained { .. });
+    let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").filter(|_| preserved);
     let scheduled = spec.snapshot_policy.as_ref().is_some_and(|policy| policy.schedule.is_some() && !policy.suspend);
-    Ok(Desired { id: uid.container_id(), uid, namespace, name, bot_id, snapshotter, rollback, scheduled, goal })
+    let id = uid.container_id();
+    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, restore, preserve, scheduled, goal })
+}
+
+/// The versions of one bot on this node.
+struct Versions<'a> {
+    namespace: &'a str,
+    bot_id: &'a str,
+    snapshots: &'a [Arc<BotSnapshot>],
+}
+
+impl Versions<'_> {
+    fn all(&self) -> impl Iterator<Item = (&BotSnapshot, Version)> {
+        self.snapshots.iter().filter_map(|snapshot| {
+            let (meta, status) = (&snapshot.metadata, snapshot.status.as_ref()?);
+            let version = Version {
+                uid: meta.uid.clone()?,
+                name: meta.name.clone()?,
+                namespace: meta.namespace.clone()?,
+                bot_id: status.bot_id.clone()?,
+                number: status.version?,
+            };
+            (version.namespace == self.namespace && version.bot_id == self.bot_id && meta.deletion_timestamp.is_none())
+                .then_some((&**snapshot, version))
+        })
+    }
+
+    /// The snapshot that the controller made for a cause, once it has its number and this node.
+    fn automatic(&self, name: &str, uid: &BotUid, source: SnapshotSource, cause: &str) -> Option<Version> {
+        let wanted = automatic_name(name, uid.as_str(), source, cause);
+        let is_it = |snapshot: &BotSnapshot| {
+            snapshot.status.as_ref().is_some_and(|s| {
+                s.source == Some(source)
+                    && s.bot_uid.as_deref() == Some(uid.as_str())
+                    && s.phase != Some(SnapshotPhase::Failed)
+            })
+        };
+        self.all().find(|(snapshot, version)| version.name == wanted && is_it(snapshot)).map(|(_, version)| version)
+    }
+
+    fn rollback(&self, asked: &RollbackSpec, name: &str, uid: &BotUid, image: &str) -> Rollback {
+        let id = asked.id.clone();
+        match self.target(asked, image) {
+            Err(why) => Rollback::Impossible { id, why: format!("spec.rollback {:?}: {why}", asked.id) },
+            Ok(version) => {
+                let kept = || self.automatic(name, uid, SnapshotSource::Rollback, &id);
+                let keep = match asked.keep_replaced {
+                    true => kept().map_or(Keep::Awaited, Keep::As),
+                    false => Keep::No,
+                };
+                Rollback::To(Box::new(Target { id, version, keep }))
+            }
+        }
+    }
+
+    /// The version that a rollback names, or why it can't be gone back to.
+    fn target(&self, asked: &RollbackSpec, image: &str) -> Result<Version, String> {
+        let named = |version: &Version| match (asked.to_version, &asked.snapshot_name) {
+            (Some(number), _) => version.number == number,
+            (None, Some(name)) => version.name == *name,
+            (None, None) => false,
+        };
+        let words = match (asked.to_version, &asked.snapshot_name) {
+            (Some(number), _) => format!("version {number}"),
+            (None, name) => format!("BotSnapshot {}", name.as_deref().unwrap_or_default()),
+        };
+        let ready = |snapshot: &BotSnapshot| {
+            snapshot.status.as_ref().is_some_and(|status| status.phase == Some(SnapshotPhase::Ready))
+        };
+        let Some((snapshot, version)) = self.all().find(|(_, version)| named(version)) else {
+            let mut numbers: Vec<i64> =
+                self.all().filter(|(s, _)| ready(s)).map(|(_, version)| version.number).collect();
+            numbers.sort_unstable();
+            let there = match numbers.as_slice() {
+                [] => "the bot has no version yet".to_owned(),
+                [.., newest] => {
+                    let all: Vec<String> = numbers.iter().rev().take(10).rev().map(i64::to_string).collect();
+                    format!("the newest is {newest}; set spec.rollback.toVersion to one of {}", all.join(", "))
+                }
+            };
+            return Err(format!("there is no {words} of this bot on its node; {there}"));
+        };
+        if !ready(snapshot) {
+            let phase = snapshot.status.as_ref().and_then(|status| status.phase).unwrap_or_default();
+            return Err(format!("{words} is not Ready: it is {phase:?}"));
+        }
+        let stands_on = snapshot.status.as_ref().and_then(|s| s.image.as_ref()).map(|image| image.reference.as_str());
+        let wanted = Reference::parse(image).map(|image| image.to_string()).ok();
+        if stands_on != wanted.as_deref() {
+            let stands_on = stands_on.unwrap_or("no known image");
+            return Err(format!("{words} stands on {stands_on}; set spec.image to that as well"));
+        }
+        Ok(version)
+    }
 }
 
 fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
@@ -153,16 +316,6 @@ fn alive(spec: &BotContainerSpec, grace: Duration) -> Result<Alive, Refusal> {
         reason: Reason::InvalidImageName,
         message: format!("spec.image: {}", crate::api::condition::chain(&error)),
     })?;
-    if let Some(restore) = &spec.restore_from {
-        return Err(Refusal {
-            reason: Reason::SnapshotsUnsupported,
-            message: format!(
-                "spec.restoreFrom names the snapshot {:?}, but this Berth takes no snapshots yet; \
-                 create the bot without restoreFrom",
-                restore.snapshot_name
-            ),
-        });
-    }
     Ok(Alive {
         paused: spec.operating_mode == OperatingMode::Paused,
         restart_policy: spec.restart_policy,

@@ -129,13 +129,16 @@ async fn look(
     // An image that a bot is about to use must not go in between.
     let mut in_use = HashSet::new();
     for bot in shared.bots.state() {
-        if let Ok(wanted) = desired(&bot, &shared.default_snapshotter)
+        if let Ok(wanted) = desired(&bot, &shared.default_snapshotter, &[], false)
             && let Goal::Alive(alive) = wanted.goal
         {
             in_use.insert(alive.image.to_string());
         }
         in_use.extend(bot.status.as_ref().and_then(|s| s.image.as_ref()).and_then(|image| image.digest.clone()));
     }
+    // What is started from a version needs the config of the image that it stands on.
+    let kept = shared.snapshots.store.state();
+    in_use.extend(kept.iter().filter_map(|s| s.status.as_ref()?.image.as_ref()?.digest.clone()));
     let in_use = InUse(in_use);
     let collected =
         shared.actor.images.collect(&options.images, &path, &in_use).await.map_err(|error| chain(&error))?;

@@ -36,7 +36,42 @@ pub fn owner(desired: &Desired) -> HashMap<String, String> {
         .collect()
 }
 
+/// On a layer: number of the version that it was made from.
+pub const VERSION: &str = "berth.dev/version";
+/// On a layer that is being filled: not to be started from. Empty: filled.
+pub const FILLING: &str = "berth.dev/filling";
+/// On a version: uid of its BotSnapshot.
+pub const SNAPSHOT_UID: &str = "berth.dev/snapshot-uid";
+/// On a version: name of its BotSnapshot.
+pub const SNAPSHOT: &str = "berth.dev/snapshot";
+/// On a version whose BotSnapshot is gone: forks stand on it.
+pub const RELEASED: &str = "berth.dev/released";
+
 /// Key of a bot's first writable layer.
 pub fn first_layer(id: &ContainerId) -> String {
     format!("{id}.1")
+}
+
+/// Key of the layer that follows on `layer`, as a rollback makes one.
+pub fn next_layer(id: &ContainerId, layer: &str) -> String {
+    let number = layer_number(id, layer).unwrap_or(1);
+    format!("{id}.{}", number.saturating_add(1))
+}
+
+/// Number of a bot's layer; `None` for a key that is not one of its layers.
+pub fn layer_number(id: &ContainerId, key: &str) -> Option<u64> {
+    key.strip_prefix(id.as_str())?.strip_prefix('.')?.parse().ok()
+}
+
+/// What every version's name in containerd begins with.
+pub const VERSION_PREFIX: &str = "berth-v-";
+
+/// Name in containerd of the version of a BotSnapshot, by uid.
+pub fn version(snapshot_uid: &str) -> String {
+    format!("{VERSION_PREFIX}{snapshot_uid}")
+}
+
+/// Key of the copy that becomes a version.
+pub fn copy(snapshot_uid: &str) -> String {
+    format!("{VERSION_PREFIX}{snapshot_uid}.copy")
 }

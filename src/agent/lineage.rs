@@ -10,6 +10,7 @@ use crate::api::bot_container::LineageEntry;
 use crate::api::condition::{api_time, chain};
 use crate::containerd::{CallContext as _, CallFailed, Containerd};
 
+use super::labels;
 use super::observe::timestamp;
 
 /// As many as a status takes. containerd itself makes no chain that long: overlayfs takes 500 lower directories, images 127.
@@ -71,7 +72,9 @@ async fn read(containerd: &Containerd, snapshotter: &str, mut key: String) -> Re
         let created_at = info.created_at.as_ref().and_then(timestamp).map(api_time);
         let parent = Some(info.parent).filter(|parent| !parent.is_empty());
         let name = std::mem::replace(&mut key, parent.clone().unwrap_or_default());
-        entries.push(LineageEntry { name, parent, kind: kind.to_owned(), version: None, created_at });
+        // Of a version, its own number; of an active layer, that of the version that it was made from.
+        let version = info.labels.get(labels::VERSION).and_then(|number| number.parse().ok());
+        entries.push(LineageEntry { name, parent, kind: kind.to_owned(), version, created_at });
     }
     entries.reverse();
     Ok(entries)

@@ -75,9 +75,14 @@ impl Metrics {
         self.api_errors.get_or_create(&Call { call }).inc();
     }
 
-    /// A step that was done.
+    /// A step of a bot that was done.
     pub fn step(&self, step: Step, took: Duration, ok: bool) {
-        let done = Done { step: step.name(), ok: if ok { "true" } else { "false" } };
+        self.named_step(step.name(), took, ok);
+    }
+
+    /// A step that was done, by its name.
+    pub fn named_step(&self, step: &'static str, took: Duration, ok: bool) {
+        let done = Done { step, ok: if ok { "true" } else { "false" } };
         self.steps.get_or_create(&done).observe(took.as_secs_f64());
     }
 }

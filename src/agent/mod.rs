@@ -21,6 +21,7 @@
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
 //! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
 //! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
+//! snapshot/  BotSnapshots: the same loop once more              version.rs  versions in containerd     gate.rs   who may touch a bot now
 //! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -36,6 +37,7 @@ pub mod desired;
 pub mod disk;
 pub mod failpoint;
 pub mod floor;
+pub mod gate;
 pub mod labels;
 pub mod lineage;
 pub mod metrics;
@@ -50,9 +52,11 @@ pub mod run;
 pub mod shim;
 pub mod signal;
 pub mod skills;
+pub mod snapshot;
 pub mod status;
 pub mod step;
 pub mod sweep;
+pub mod version;
 
 use std::fs;
 use std::path::Path;
@@ -75,11 +79,12 @@ use tokio_util::sync::CancellationToken;
 
 pub use args::AgentArgs;
 
-use crate::api::BotContainer;
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::{BotUid, ContainerId};
+use crate::api::{BotContainer, BotSnapshot};
 use crate::containerd::{CallContext as _, Containerd};
 use crate::image::Images;
+use crate::layer::{self, Copiers};
 use crate::network::Network;
 use crate::output::Output;
 use crate::telemetry::Health;
@@ -91,15 +96,20 @@ use metrics::Metrics;
 use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
-use run::{Bot, Loops, Shared};
+use run::{Bot, Loops, Nudge, Shared};
 use shim::Shims;
+use snapshot::{Snapshots, Takers};
 use sweep::Sweeper;
+use version::Versions;
 
 /// How many steps of all bots are under way at once.
 const STEPS_AT_ONCE: usize = 16;
 
 /// How long after a deletion, a start of the agent or a death of containerd something may still come to be that nobody owns.
 const STIRRED: Duration = Duration::from_secs(60);
+
+/// How often is looked whether a bot was left frozen.
+const DEBTS: Duration = Duration::from_secs(2);
 
 /// How often is looked for it then.
 const SWEEP_STIRRED: Duration = Duration::from_secs(20);
@@ -217,9 +227,23 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         });
     }
 
+    // What an agent before this one owes: a bot that it had frozen for a snapshot, and no copier left to thaw it.
+    let debts = args.debts_dir();
+    settle_debts(&debts, &metrics);
+    let copiers = Copiers::new(args.program()?, Some(args.copier_cgroup()));
+    let versions = Versions::new(containerd.clone(), copiers, args.snapshots_dir());
     let (bots, mut writer) = store::<BotContainer>();
+    let (snapshots, mut snapshot_writer) = store::<BotSnapshot>();
+    let (nudges, mut nudged) = mpsc::channel::<Nudge>(256);
     let shared = Arc::new(Shared {
-        observer: Observer::new(containerd.clone(), network.clone(), output.clone(), cgroups, shims.clone(), files_dir),
+        observer: Observer::new(
+            containerd.clone(),
+            network.clone(),
+            output.clone(),
+            cgroups.clone(),
+            shims.clone(),
+            files_dir,
+        ),
         actor: Actor {
             containerd: containerd.clone(),
             images,
@@ -228,9 +252,19 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             client: client.clone(),
             bundle,
             shims: shims.clone(),
+            versions,
+            snapshotters: vec![args.snapshotter.clone()],
         },
         publisher: Publisher::new(client.clone(), args.node_name.clone(), metrics.clone()),
         bots: bots.clone(),
+        snapshots: Snapshots {
+            store: snapshots.clone(),
+            copies: Semaphore::new(snapshot::AT_ONCE),
+            debts: debts.clone(),
+        },
+        gates: Arc::default(),
+        cgroups,
+        nudges,
         cidr: cidr.clone(),
         default_snapshotter: args.snapshotter.clone(),
         began: Instant::now(),
@@ -265,8 +299,13 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let selector = format!("status.nodeName={}", args.node_name);
     let config = watcher::Config::default().fields(&selector);
     let api: Api<BotContainer> = Api::all(client.clone());
-    let mut objects = std::pin::pin!(watcher(api, config).default_backoff());
+    let mut objects = std::pin::pin!(watcher(api, config.clone()).default_backoff());
+    let api: Api<BotSnapshot> = Api::all(client.clone());
+    let mut versions_seen = std::pin::pin!(watcher(api, config).default_backoff());
     let mut loops = Loops::default();
+    let mut takers = Takers::default();
+    let mut debts_at = tokio::time::interval(DEBTS);
+    debts_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut sweeper = Some(Sweeper::new(
         client,
         containerd,
@@ -313,11 +352,46 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                 }
                 None => break Err(anyhow::anyhow!("the watch of BotContainers ended")),
             },
+            event = versions_seen.next() => match event {
+                Some(Ok(event)) => {
+                    snapshot_writer.apply_watcher_event(&event);
+                    match &event {
+                        Event::Apply(snapshot) | Event::Delete(snapshot) => {
+                            takers.wake(&shared, snapshot, "object changed");
+                            wake_bot_of(&loops, snapshot);
+                        }
+                        Event::Init | Event::InitApply(_) => {}
+                        Event::InitDone => {
+                            for snapshot in snapshots.state() {
+                                takers.wake(&shared, &snapshot, "list");
+                            }
+                            takers.wake_all("list");
+                            loops.wake_all("list of snapshots");
+                        }
+                    }
+                }
+                Some(Err(error)) => {
+                    metrics.api_error("watch");
+                    tracing::warn!(error = %chain(&error), "the watch of BotSnapshots failed; it is made anew");
+                }
+                None => break Err(anyhow::anyhow!("the watch of BotSnapshots ended")),
+            },
+            // Sent by loops of ours; nothing is lost by not polling it.
+            Some(nudge) = nudged.recv() => match nudge {
+                Nudge::Bot(uid) => loops.wake_uid(&uid, "snapshot"),
+                Nudge::Snapshots(uid) => takers.wake_of(&uid, "bot"),
+            },
+            // A copier and its guardian may both have been killed in the middle of a freeze.
+            _ = debts_at.tick() => settle_debts(&debts, &metrics),
             Some(heard) = events.recv() => match heard {
-                Heard::Task(uid) => loops.wake_uid(&uid, "containerd event"),
+                Heard::Task(uid) => {
+                    loops.wake_uid(&uid, "containerd event");
+                    takers.wake_of(&uid, "containerd event");
+                }
                 // It tells of nothing that it finds when it starts, and its death cuts off whatever it was at.
                 Heard::Back => {
                     loops.wake_all("containerd is back");
+                    takers.wake_all("containerd is back");
                     sweep_at = sweep_at.min(Instant::now() + Duration::from_secs(2));
                     calm_at = Instant::now() + STIRRED;
                 }
@@ -326,6 +400,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             Ok(()) = ready.changed() => health.set_ready(listed && *ready.borrow()),
             ended = loops.reap() => if let Err(error) = ended {
                 break Err(anyhow::Error::new(error).context("a bot's loop ended by a bug"));
+            },
+            ended = takers.reap() => if let Err(error) = ended {
+                break Err(anyhow::Error::new(error).context("a snapshot's loop ended by a bug"));
             },
             // Beside the loops, so that no bot waits for it; a sweep only looks, and its orphans get loops of their own.
             () = tokio::time::sleep_until(sweep_at), if listed && sweeper.is_some() => {
@@ -371,8 +448,10 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     };
     health.set_ready(false);
     stop.cancel();
-    // Every loop ends after the step under way.
+    // Every loop ends after the step under way; nobody reads what they send each other any more.
+    drop(nudged);
     loops.join().await;
+    takers.join().await;
     if ended.is_ok()
         && let Err(error) = registration.leave().await
     {
@@ -380,6 +459,27 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     }
     while tasks.join_next().await.is_some() {}
     ended
+}
+
+/// Whom a change of a snapshot may concern: a rollback waits for what it replaces, a deletion for the last version.
+fn wake_bot_of(loops: &Loops, snapshot: &BotSnapshot) {
+    let uid = snapshot.status.as_ref().and_then(|status| BotUid::parse(status.bot_uid.as_deref()?).ok());
+    if let Some(uid) = uid {
+        loops.wake_uid(&uid, "snapshot");
+    }
+}
+
+/// Thaws bots that somebody froze who is not there any more.
+fn settle_debts(dir: &Path, metrics: &Metrics) {
+    match layer::settle_debts(dir) {
+        Ok(thawed) => {
+            for id in thawed {
+                metrics.error(Reason::Thawed);
+                tracing::warn!(id, "a bot that a snapshot had frozen was thawed: its copier was killed");
+            }
+        }
+        Err(error) => tracing::error!(dir = %dir.display(), %error, "can't see whether a bot was left frozen"),
+    }
 }
 
 fn wake(loops: &mut Loops, shared: &Arc<Shared>, bot: &BotContainer, reason: &'static str) {
@@ -420,7 +520,16 @@ async fn until_done<T>(
 
 /// Makes the agent's folders; gives the file of its lock.
 fn prepare_directories(args: &AgentArgs) -> anyhow::Result<fs::File> {
-    for dir in [args.run_dir.clone(), args.state_dir.clone(), args.log_dir.clone(), args.mnt_dir(), args.files_dir()] {
+    let dirs = [
+        args.run_dir.clone(),
+        args.state_dir.clone(),
+        args.log_dir.clone(),
+        args.mnt_dir(),
+        args.files_dir(),
+        args.debts_dir(),
+        args.snapshots_dir(),
+    ];
+    for dir in dirs {
         fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
     }
     ensure_tmpfs(&args.files_dir())?;

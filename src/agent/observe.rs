@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use containerd_client::services::v1::GetContainerRequest;
 use containerd_client::services::v1::GetRequest as GetTaskRequest;
-use containerd_client::services::v1::snapshots::StatSnapshotRequest;
+use containerd_client::services::v1::snapshots::{Info, StatSnapshotRequest};
 use containerd_client::types::v1::Status as TaskState;
 use jiff::Timestamp;
 
@@ -18,6 +18,7 @@ use super::cgroup::Cgroups;
 use super::labels;
 use super::record::Record;
 use super::shim::Shims;
+use super::version::is_filling;
 
 /// What is really there of one bot. Every fact of a status comes out of here.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,6 +113,10 @@ pub struct Layer {
     pub digest: String,
     /// When it was made.
     pub created_at: Option<Timestamp>,
+    /// Number of the version that it was made from, if of one.
+    pub version: Option<i64>,
+    /// It is being filled from a version: what is in it is nothing yet.
+    pub filling: bool,
 }
 
 /// How far the network is there.
@@ -252,16 +257,23 @@ impl Observer {
         let request =
             self.containerd.request(StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() });
         match self.containerd.snapshots().stat(request).await.call("stat snapshot", key) {
-            Ok(response) => Ok(response.info.map(|info| Layer {
-                key: info.name,
-                parent: info.parent,
-                image: info.labels.get(labels::IMAGE).cloned().unwrap_or_default(),
-                digest: info.labels.get(labels::IMAGE_DIGEST).cloned().unwrap_or_default(),
-                created_at: info.created_at.as_ref().and_then(timestamp),
-            })),
+            Ok(response) => Ok(response.info.map(layer)),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
         }
+    }
+}
+
+/// A layer as containerd tells of it.
+pub fn layer(info: Info) -> Layer {
+    Layer {
+        image: info.labels.get(labels::IMAGE).cloned().unwrap_or_default(),
+        digest: info.labels.get(labels::IMAGE_DIGEST).cloned().unwrap_or_default(),
+        created_at: info.created_at.as_ref().and_then(timestamp),
+        version: info.labels.get(labels::VERSION).and_then(|number| number.parse().ok()),
+        filling: is_filling(&info.labels),
+        key: info.name,
+        parent: info.parent,
     }
 }
 

@@ -4,6 +4,10 @@
 //! gone      task live? -> Stop .. Kill -> Reap -> Remove(layer, network, output) -> RemoveContainer -> Settled(Removed)
 //! retained  as gone where there is no layer, else
 //!           task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Retained)
+//!           its version is given? -> Preserve, and then as gone
+//! held      task live? -> Stop .. Kill -> Reap                                                      -> Settled(Held)
+//! rollback  settled otherwise? -> CopyAside; what it replaces has its number? -> Stop .. Kill -> Reap -> SwitchLayer
+//!           -> SettleReplaced, and then as before
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
 //! all       something left of a task that containerd does not know? -> PutAway
 //! alive     an end to note? -> Reap / RecordLost
@@ -22,7 +26,7 @@ use jiff::Timestamp;
 
 use crate::api::bot_container::{Kept, NetworkMode, RestartPolicy};
 
-use super::desired::{Alive, Desired, Goal, Refusal};
+use super::desired::{Alive, Desired, Goal, Keep, Refusal, Rollback, Target};
 use super::observe::{Attached, Container, Observed, Output, Task};
 use super::record::{Life, Record, backoff};
 use super::step::{Parts, Step};
@@ -48,6 +52,10 @@ pub enum State {
     Removed,
     /// It is deleted, and its layer is kept until it can become a version.
     Retained,
+    /// It has no process, for a snapshot.
+    Held,
+    /// It waits for the version that a rollback makes of what it replaces.
+    WaitingForSnapshot,
     /// It runs as asked.
     Running,
     /// It is frozen, or was made without being started, as asked.
@@ -93,7 +101,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Container::Foreign { why } => {
             return match &desired.goal {
                 Goal::Gone { .. } => remove_all(observed),
-                Goal::Retained { .. } => retained(observed),
+                Goal::Retained { .. } => retained(desired, observed),
                 _ => Next::settled(State::Foreign { why: why.clone() }),
             };
         }
@@ -106,14 +114,85 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
     };
     match &desired.goal {
         Goal::Gone { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| remove_all(observed)),
-        Goal::Retained { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| retained(observed)),
-        Goal::Stopped { grace } => {
-            take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed))
+        Goal::Retained { grace } => {
+            take_down(record, observed, *grace, now).unwrap_or_else(|| retained(desired, observed))
         }
+        Goal::Stopped { grace } => {
+            let next = take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed));
+            let down = || take_down(record, observed, *grace, now);
+            roll_back(desired, record, next, down)
+        }
+        Goal::Held { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| Next::settled(State::Held)),
         Goal::Refused { grace, refusal } => record
             .and_then(|record| leave_alone(record, observed, *grace, now))
             .unwrap_or_else(|| Next::settled(State::Refused(refusal.clone()))),
-        Goal::Alive(alive) => keep_alive(alive, record, observed, now),
+        Goal::Alive(alive) => {
+            let next = keep_alive(alive, record, observed, now);
+            // Its memory is kept for as long as it is to be frozen: a rollback waits as any change that takes a restart.
+            let waits = alive.paused && matches!(observed.task, Task::Paused { .. });
+            let down = || match waits {
+                true => Some(Next::settled(State::RestartPending)),
+                false => take_down(record, observed, alive.grace, now),
+            };
+            roll_back(desired, record, next, down)
+        }
+    }
+}
+
+/// What a rollback makes of the step that would come without one; `down` leads to no task.
+///
+/// The version is copied aside while the bot is as it was; only what is copied, and whose successor has its number, is worth a
+/// stop. From then on all leads down, to the switch, and up again on the other layer.
+fn roll_back(desired: &Desired, record: Option<&Record>, next: Next, down: impl FnOnce() -> Option<Next>) -> Next {
+    let Some(record) = record else { return next };
+    let asked = match &desired.rollback {
+        Some(Rollback::To(target)) if record.rollback.as_ref() != Some(&target.id) => Some(target),
+        _ => None,
+    };
+    if let Some(replaced) = &record.replaced {
+        // What is kept is kept at once: it takes no time. What goes, goes once the bot is on the other layer as it was asked, or
+        // that one is to be replaced in turn.
+        let settled = matches!(
+            &next,
+            Next::Settled { state: State::Running | State::Paused { .. } | State::Stopped | State::Completed, .. }
+        );
+        let over = replaced.keep.is_some() || settled || asked.is_some();
+        return if over { Next::Do(Step::SettleReplaced) } else { next };
+    }
+    let made_for = |target: &Target| {
+        record.aside.as_ref().is_some_and(|aside| aside.rollback == target.id && aside.snapshot == target.version.uid)
+    };
+    // An end to be noted, an order to be carried out, something on its way up: first what is under way.
+    let idle = matches!(&next, Next::Settled { state, .. } if *state != State::Stopping);
+    match (asked, &record.aside) {
+        (None, None) => next,
+        (None, Some(_)) => {
+            if idle {
+                Next::Do(Step::DropAside)
+            } else {
+                next
+            }
+        }
+        (Some(target), Some(_)) if !made_for(target) => {
+            if idle {
+                Next::Do(Step::DropAside)
+            } else {
+                next
+            }
+        }
+        (Some(target), Some(aside)) if aside.complete => {
+            if target.keep == Keep::Awaited {
+                return if idle { Next::settled(State::WaitingForSnapshot) } else { next };
+            }
+            down().unwrap_or(Next::Do(Step::SwitchLayer))
+        }
+        (Some(_), _) => {
+            if idle {
+                Next::Do(Step::CopyAside)
+            } else {
+                next
+            }
+        }
     }
 }
 
@@ -206,15 +285,20 @@ fn stopped(record: Option<&Record>, observed: &Observed) -> Next {
 }
 
 /// What a process needs goes, the files stay. Without a layer there is nothing to keep.
-fn retained(observed: &Observed) -> Next {
+fn retained(desired: &Desired, observed: &Observed) -> Next {
     let unwanted = Parts {
         network: observed.network != Attached::Absent,
         output: observed.output != Output::Absent,
         ..Parts::default()
     };
-    match observed.layer {
+    match &observed.layer {
         None => remove_all(observed),
+        // What it is to be filled with is a version already, and nothing else is in it.
+        Some(layer) if layer.filling => remove_all(observed),
+        // What a rollback replaced becomes the version that it is to be before the rest does.
+        Some(_) if observed.record().is_some_and(|record| record.replaced.is_some()) => Next::Do(Step::SettleReplaced),
         Some(_) if unwanted.any() => Next::Do(Step::Remove(unwanted)),
+        Some(_) if desired.preserve.is_some() => Next::Do(Step::Preserve),
         Some(_) => Next::settled(State::Retained),
     }
 }
@@ -361,7 +445,7 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
     // The namespace first: shim and runc need no more, and take longer than the addresses, which come beside them.
     let first = if alive.address_in_env { is_connected(alive, observed) } else { has_namespace(alive, observed) };
     let missing = Parts {
-        layer: observed.layer.is_none(),
+        layer: observed.layer.as_ref().is_none_or(|layer| layer.filling),
         namespace: !alive.paused && !first && !alive.address_in_env,
         network: !alive.paused && !first && alive.address_in_env,
         output: !alive.paused && observed.output != Output::Drained,

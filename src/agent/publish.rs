@@ -7,10 +7,11 @@ use kube::{Api, Client, Resource};
 use serde_json::json;
 
 use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
-use crate::api::{AGENT, BotContainer, BotContainerStatus};
+use crate::api::{AGENT, BotContainer, BotContainerStatus, BotSnapshot, BotSnapshotStatus};
 
 use super::failpoint::{Effect, around};
 use super::metrics::Metrics;
+use super::snapshot::status::says as snapshot_says;
 use super::status::says;
 
 /// Writes statuses and Events of bots.
@@ -23,8 +24,9 @@ pub struct Publisher {
 
 /// A status could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("can't write the status of BotContainer {namespace}/{name}")]
+#[error("can't write the status of {kind} {namespace}/{name}")]
 pub struct PublishFailed {
+    kind: &'static str,
     namespace: String,
     name: String,
     source: Box<kube::Error>,
@@ -68,13 +70,55 @@ impl Publisher {
             Ok(newest) => Ok(Some(newest)),
             Err(source) => {
                 self.metrics.api_error("status");
-                Err(PublishFailed { namespace, name, source: Box::new(source) })
+                Err(PublishFailed { kind: "BotContainer", namespace, name, source: Box::new(source) })
             }
         }
     }
 
+    /// Writes the status of a snapshot where the live object says something else; gives back the object as it is then.
+    pub async fn snapshot_status(
+        &self,
+        live: &BotSnapshot,
+        status: &BotSnapshotStatus,
+    ) -> Result<Option<BotSnapshot>, PublishFailed> {
+        if snapshot_says(live.status.as_ref(), status) {
+            return Ok(None);
+        }
+        let namespace = live.metadata.namespace.clone().unwrap_or_default();
+        let name = live.metadata.name.clone().unwrap_or_default();
+        let api: Api<BotSnapshot> = Api::namespaced(self.client.clone(), &namespace);
+        let patch = json!({
+            "apiVersion": BotSnapshot::api_version(&()),
+            "kind": BotSnapshot::kind(&()),
+            "metadata": {
+                "name": name,
+                "namespace": namespace,
+                "uid": live.metadata.uid,
+                "resourceVersion": live.metadata.resource_version,
+            },
+            "status": status,
+        });
+        let params = PatchParams::apply(AGENT).force();
+        match around(Effect::SnapshotStatus, api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
+            Ok(newest) => Ok(Some(newest)),
+            Err(source) => {
+                self.metrics.api_error("status");
+                Err(PublishFailed { kind: "BotSnapshot", namespace, name, source: Box::new(source) })
+            }
+        }
+    }
+
+    /// Records an Event on a snapshot, as [`Self::event`] does on a bot.
+    pub async fn snapshot_event(&self, snapshot: &BotSnapshot, type_: EventType, reason: Reason, note: String) {
+        self.record(&snapshot.object_ref(&()), type_, reason, note).await;
+    }
+
     /// Records an Event on a bot. One that can't be written is logged: Events are for people, and no truth hangs on them.
     pub async fn event(&self, bot: &BotContainer, type_: EventType, reason: Reason, note: String) {
+        self.record(&bot.object_ref(&()), type_, reason, note).await;
+    }
+
+    async fn record(&self, reference: &ObjectReference, type_: EventType, reason: Reason, note: String) {
         let event = Event {
             type_,
             reason: reason.as_str().to_owned(),
@@ -82,8 +126,7 @@ impl Publisher {
             action: reason.as_str().to_owned(),
             secondary: None,
         };
-        let reference: ObjectReference = bot.object_ref(&());
-        if let Err(error) = around(Effect::StatusEvent, self.recorder.publish(&event, &reference)).await {
+        if let Err(error) = around(Effect::StatusEvent, self.recorder.publish(&event, reference)).await {
             self.metrics.api_error("event");
             tracing::warn!(%reason, note, error = %chain(&error), "Event not written");
         }

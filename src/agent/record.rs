@@ -7,9 +7,10 @@
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::desired::Alive;
+use super::desired::{Alive, Keep, Target};
 use super::observe::Layer;
 use super::skills::Skills;
+use super::version::Version;
 
 /// The agent's note on a container.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,15 @@ pub struct Record {
     /// The last `spec.rollback.id` that counts as done: the one that was there when the container was made.
     #[serde(default)]
     pub rollback: Option<String>,
+    /// The last rollback that was done, with what came of it. `rollback` may be an id that only counts as done.
+    #[serde(default)]
+    pub rolled: Option<Rolled>,
+    /// A layer that is made beside, for a rollback to come.
+    #[serde(default)]
+    pub aside: Option<Aside>,
+    /// The layer that a rollback replaced, until it is kept as a version or removed.
+    #[serde(default)]
+    pub replaced: Option<Replaced>,
     /// The limits that the task was given, in their canonical text.
     pub limits: String,
     /// The skills as we wrote them last; the bot may have changed them since.
@@ -65,6 +75,50 @@ pub struct Record {
     pub restarts: u64,
     /// The last end, also while a newer attempt runs.
     pub last: Option<Ending>,
+}
+
+/// A rollback that was done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rolled {
+    /// Its id.
+    pub id: String,
+    /// The version gone back to.
+    pub version: i64,
+    /// The version that what it replaced becomes.
+    pub replaced_by: Option<i64>,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// A layer made beside the one in use.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Aside {
+    /// Its key.
+    pub layer: String,
+    /// The rollback that it is for.
+    pub rollback: String,
+    /// The BotSnapshot that it is a copy of, by uid.
+    pub snapshot: String,
+    /// Whether it is whole.
+    pub complete: bool,
+}
+
+/// A layer that was replaced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Replaced {
+    /// Its key.
+    pub layer: String,
+    /// The image that it stands on.
+    pub image: String,
+    /// Its digest.
+    pub digest: String,
+    /// When it was replaced: it holds this instant.
+    pub at: Timestamp,
+    /// The version that it becomes; `None`: it goes, once the bot runs on the other.
+    pub keep: Option<Version>,
 }
 
 /// Where the last attempt stands.
@@ -189,6 +243,35 @@ impl Record {
         }
     }
 
+    /// The record after the layer beside took the place of the one in use. The next start asks no restart policy, and waits for
+    /// nothing.
+    pub fn switched(&self, to: &Layer, target: &Target, at: Timestamp) -> Self {
+        let keep = match &target.keep {
+            Keep::As(version) => Some(version.clone()),
+            Keep::No | Keep::Awaited => None,
+        };
+        let (image, digest) = (self.image.clone(), self.digest.clone());
+        Self {
+            layer: to.key.clone(),
+            image: to.image.clone(),
+            digest: to.digest.clone(),
+            rollback: Some(target.id.clone()),
+            rolled: Some(Rolled {
+                id: target.id.clone(),
+                version: target.version.number,
+                replaced_by: keep.as_ref().map(|version| version.number),
+                at,
+            }),
+            aside: None,
+            replaced: Some(Replaced { layer: self.layer.clone(), image, digest, at, keep }),
+            // The spec has the old layer in it.
+            spec_for: 0,
+            life: Life::Fresh,
+            failures: 0,
+            ..self.clone()
+        }
+    }
+
     /// The record after an end by itself was settled: the next start asks no restart policy and waits for nothing.
     pub fn settled(&self) -> Self {
         Self { life: Life::Fresh, failures: 0, ..self.clone() }
@@ -223,6 +306,9 @@ mod tests {
             hash: "h1".into(),
             restarted_at: None,
             rollback: None,
+            rolled: None,
+            aside: None,
+            replaced: None,
             limits: String::new(),
             skills: Skills::new(),
             image: "docker.io/library/nginx:latest".into(),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use kube::runtime::events::EventType;
 use kube::runtime::reflector::{ObjectRef, Store};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
@@ -23,13 +23,16 @@ use crate::api::ids::BotUid;
 use crate::network::Cidr;
 
 use super::act::{Actor, StepError, Work};
-use super::desired::{Desired, Goal, desired};
+use super::cgroup::Cgroups;
+use super::desired::{Desired, Goal, Unusable, desired};
+use super::gate::Gates;
 use super::lineage::Lineage;
 use super::metrics::Metrics;
 use super::observe::{Observed, Observer};
 use super::plan::{Next, State, plan};
 use super::publish::Publisher;
 use super::shim::{LEFTOVERS, Patience};
+use super::snapshot::Snapshots;
 use super::status::{Trouble, is_image, report};
 use super::step::Step;
 use super::sweep::Orphan;
@@ -76,6 +79,14 @@ pub struct Shared {
     pub publisher: Publisher,
     /// The objects bound to this node.
     pub bots: Store<BotContainer>,
+    /// The snapshots of this node.
+    pub snapshots: Snapshots,
+    /// Who may touch a bot's process now.
+    pub gates: Arc<Gates>,
+    /// Where bots' cgroups are.
+    pub cgroups: Cgroups,
+    /// The way to the loops of others.
+    pub nudges: mpsc::Sender<Nudge>,
     /// Addresses of this node's bots.
     pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
     /// The node's snapshotter.
@@ -90,7 +101,24 @@ pub struct Shared {
     pub stop: CancellationToken,
 }
 
-/// Wakes one bot's loop.
+impl Shared {
+    /// Wakes the loops of others, who have something to look at.
+    pub async fn nudge(&self, whom: Nudge) {
+        // Nobody listens any more only where the agent ends.
+        let _ = self.nudges.send(whom).await;
+    }
+}
+
+/// Whom to wake.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Nudge {
+    /// A bot's loop.
+    Bot(BotUid),
+    /// The loops of a bot's snapshots.
+    Snapshots(BotUid),
+}
+
+/// Wakes one loop.
 #[derive(Debug, Default)]
 pub struct Trigger {
     notify: Notify,
@@ -98,20 +126,27 @@ pub struct Trigger {
 }
 
 impl Trigger {
-    fn wake(&self, reason: &'static str) {
+    /// Wakes it, and says why.
+    pub fn wake(&self, reason: &'static str) {
         self.note(reason);
         self.notify.notify_one();
     }
 
     /// Says why a pass comes that nobody has to be woken for.
-    fn note(&self, reason: &'static str) {
+    pub fn note(&self, reason: &'static str) {
         let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
         if !reasons.contains(&reason) {
             reasons.push(reason);
         }
     }
 
-    fn take(&self) -> Vec<&'static str> {
+    /// Waits until it is woken. Cancel-safe: a wake that comes meanwhile stays noted.
+    pub async fn notified(&self) {
+        self.notify.notified().await;
+    }
+
+    /// Why it was woken since the last time.
+    pub fn take(&self) -> Vec<&'static str> {
         std::mem::take(&mut *self.reasons.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
@@ -277,7 +312,7 @@ impl BotLoop {
             let until = [wake_at, self.rewrite_at.take()].into_iter().flatten().fold(resync, Instant::min);
             tokio::select! {
                 // Cancelled by nothing but the end of the agent; a trigger that comes meanwhile stays noted.
-                () = self.trigger.notify.notified() => {}
+                () = self.trigger.notified() => {}
                 () = sleep_until(until) => self.trigger.note("timer"),
                 () = self.shared.stop.cancelled() => return,
             }
@@ -302,8 +337,11 @@ impl BotLoop {
             }
             // No object bound to this node has this uid. That alone removes nothing: an unbound bot looks the same from
             // here (FAULTS.md, rule 1). Whether what is left of it is an orphan, the sweeper finds out.
-            let Some(bot) = self.current() else { return Pass::Over };
-            let desired = match desired(&bot, &self.shared.default_snapshotter) {
+            let Some(bot) = self.current() else {
+                self.shared.gates.forget(&self.bot.uid);
+                return Pass::Over;
+            };
+            let desired = match self.desired(&bot) {
                 Ok(desired) => desired,
                 Err(error) => {
                     tracing::error!(error = %chain(&error), "skipped");
@@ -352,6 +390,9 @@ impl BotLoop {
                                 _ => 1,
                             };
                             last = Some((*step, repeats));
+                            if matches!(step, Step::SettleReplaced | Step::Preserve) {
+                                self.shared.nudge(Nudge::Snapshots(self.bot.uid.clone())).await;
+                            }
                             self.retry.take_if(|retry| retry.trouble.step == *step);
                             if repeats >= SAME_STEP {
                                 let error =
@@ -412,6 +453,12 @@ impl BotLoop {
         }
     }
 
+    fn desired(&self, bot: &BotContainer) -> Result<Desired, Unusable> {
+        let shared = &self.shared;
+        let held = shared.gates.is_held(&self.bot.uid);
+        desired(bot, &shared.default_snapshotter, &shared.snapshots.store.state(), held)
+    }
+
     fn must_wait(&mut self, step: Step, bot: &BotContainer) -> Option<Instant> {
         // An edit is a new situation, which is tried at once.
         self.retry.take_if(|retry| retry.generation != bot.metadata.generation);
@@ -453,6 +500,8 @@ impl BotLoop {
         let overdue = self.patience.is_over();
         let work = Work { desired, bot: Some(bot), observed, cidr: cidr.as_ref(), leftovers, overdue, failures };
         let act = async {
+            // A snapshot that holds the bot still is through in milliseconds.
+            let _inside = shared.gates.enter(&desired.uid).await;
             // The semaphore is never closed; an error would only mean that nothing bounds the steps.
             let turn = shared.steps.acquire().await;
             let began = Instant::now();
@@ -469,7 +518,7 @@ impl BotLoop {
         };
         tokio::pin!(act);
         let mut told = false;
-        let abortable = matches!(step, Step::Prepare(_));
+        let abortable = matches!(step, Step::Prepare(_) | Step::CopyAside);
         loop {
             tokio::select! {
                 done = &mut act => {
@@ -478,7 +527,7 @@ impl BotLoop {
                     return done.map_err(|error| Failed::Step(Failure::of(&error)));
                 }
                 // Dropping a Prepare in the middle is what its doc allows: what is half-made is found by name.
-                () = self.trigger.notify.notified(), if abortable => {
+                () = self.trigger.notified(), if abortable => {
                     if self.goal_changed(desired) {
                         self.trigger.wake("goal changed");
                         return Err(Failed::Aborted);
@@ -494,7 +543,7 @@ impl BotLoop {
 
     fn goal_changed(&self, old: &Desired) -> bool {
         let Some(bot) = self.current() else { return true };
-        match desired(&bot, &self.shared.default_snapshotter) {
+        match self.desired(&bot) {
             Ok(new) => match (&old.goal, &new.goal) {
                 (Goal::Alive(old), Goal::Alive(new)) => old.image != new.image || old.network != new.network,
                 (old, new) => std::mem::discriminant(old) != std::mem::discriminant(new),
@@ -641,7 +690,7 @@ pub fn jittered(wait: Duration) -> Duration {
 }
 
 /// When a time of the wall clock comes, by the monotonic clock.
-fn instant(at: Timestamp) -> Instant {
+pub fn instant(at: Timestamp) -> Instant {
     let wait = at.duration_since(Timestamp::now());
     Instant::now() + Duration::try_from(wait).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! What the agent says of a bot: (desired, observed, next, trouble) -> `BotContainerStatus`. Pure.
 //!
 //! Every fact comes out of `Observed`; `Desired` serves only to judge `Ready`. The agent's field manager owns all of the
-//! status but `nodeName`, `botId` and the condition `Scheduled`, which are the controller's.
+//! status but `nodeName`, `botId`, `restoredFrom`, `lastVersion` and the condition `Scheduled`, which are the controller's.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
@@ -12,7 +12,7 @@ use crate::api::bot_container::{
 };
 use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
 
-use super::desired::{Desired, Goal};
+use super::desired::{Desired, Goal, Rollback};
 use super::observe::{Attached, Container, Observed, Task};
 use super::plan::{Next, State};
 use super::record::{Life, Record};
@@ -72,7 +72,7 @@ pub fn report(
     if verdict.ready == Some(true)
         && let Some(why) = unserved(desired, record)
     {
-        verdict = Verdict::stalled(verdict.phase, Reason::SnapshotsUnsupported, why);
+        verdict = Verdict::stalled(verdict.phase, Reason::RollbackFailed, why);
     }
     if verdict.ready == Some(true) && desired.scheduled {
         // Nobody may rely on backups that are not made.
@@ -129,12 +129,8 @@ pub fn report(
         kept,
         network,
         resources,
-        rollback: record.and_then(|record| record.rollback.clone()).map(|id| RollbackStatus {
-            id,
-            version: None,
-            replaced_by_version: None,
-            completed_at: None,
-        }),
+        current_version: observed.layer.as_ref().and_then(|layer| layer.version),
+        rollback: record.and_then(rolled_back),
         ..BotContainerStatus::default()
     };
     let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
@@ -157,10 +153,8 @@ pub fn report(
         let (value, reason, message) = network_ready(desired, observed, verdict.phase, trouble);
         say(ConditionType::NetworkReady, value, reason, &message);
     }
-    if let Goal::Refused { refusal, .. } = &desired.goal
-        && refusal.reason == Reason::SnapshotsUnsupported
-    {
-        say(ConditionType::Restored, Some(false), refusal.reason, &refusal.message);
+    if let Some((value, reason, message)) = restored(desired, observed, trouble).filter(|_| !gone) {
+        say(ConditionType::Restored, value, reason, &message);
     }
     if verdict.ready == Some(false) {
         if verdict.stalled {
@@ -208,15 +202,26 @@ fn crash_loop(record: &Record) -> String {
     }
 }
 
+/// The last rollback, with what came of it; of one that was there when the bot was made, only that it counts as done.
+fn rolled_back(record: &Record) -> Option<RollbackStatus> {
+    let id = record.rollback.clone()?;
+    let done = record.rolled.as_ref().filter(|done| done.id == id);
+    Some(RollbackStatus {
+        id,
+        version: done.map(|done| done.version),
+        replaced_by_version: done.and_then(|done| done.replaced_by),
+        completed_at: done.map(|done| api_time(done.at)),
+    })
+}
+
 /// A rollback that is asked for and can't be done: the bot is as it was, and must not be told to be as asked.
 fn unserved(desired: &Desired, record: Option<&Record>) -> Option<String> {
-    let (asked, record) = (desired.rollback.as_ref()?, record?);
-    (record.rollback.as_ref() != Some(asked)).then(|| {
-        format!(
-            "spec.rollback {asked:?} can't be done: this Berth takes no snapshots yet, so there is no version to go back to; \
-             remove spec.rollback"
-        )
-    })
+    match (&desired.rollback, record) {
+        (Some(Rollback::Impossible { id, why }), Some(record)) if record.rollback.as_ref() != Some(id) => {
+            Some(why.clone())
+        }
+        _ => None,
+    }
 }
 
 fn judge(
@@ -230,11 +235,10 @@ fn judge(
     let ordered = record.is_some_and(|record| record.stop_ordered.is_some()) && live;
     if let Goal::Gone { .. } | Goal::Retained { .. } = desired.goal {
         return match (next, trouble) {
-            (Next::Settled { state: State::Retained, .. }, _) => Verdict::stalled(
+            (Next::Settled { state: State::Retained, .. }, _) => Verdict::working(
                 Phase::Terminating,
-                Reason::SnapshotsUnsupported,
-                "deletionPolicy is Retain, and this Berth can't make a kept version of the bot yet, so its files stay here as \
-                 they are; set spec.deletionPolicy to Delete to let them go",
+                Reason::WaitingForSnapshot,
+                "deletionPolicy is Retain: the bot's files become a version, which the controller gives its number first",
             ),
             (Next::Settled { state: State::Removed, .. }, _) => Verdict::working(
                 Phase::Terminating,
@@ -305,6 +309,18 @@ fn judge(
             {
                 Verdict::working(Phase::Stopping, Reason::Stopping, "what the process used is being put away")
             }
+            Step::CopyAside | Step::DropAside | Step::SwitchLayer | Step::SettleReplaced => {
+                let phase = match (observed.task, &desired.goal) {
+                    (Task::Running { .. } | Task::Paused { .. }, _) => phase_of_task,
+                    (_, Goal::Stopped { .. }) => Phase::Stopping,
+                    _ => Phase::Starting,
+                };
+                Verdict::working(
+                    phase,
+                    Reason::RollingBack,
+                    "the bot's layer is being replaced by the version of spec.rollback",
+                )
+            }
             Step::PutAway => Verdict::working(Phase::Starting, Reason::Starting, LEFTOVER),
             Step::Prepare(_) if live => {
                 Verdict::working(phase_of_task, Reason::Starting, "the way of the bot's output is being mended")
@@ -317,6 +333,23 @@ fn judge(
         Next::Settled { state, .. } => match state {
             State::Removed | State::Retained => {
                 Verdict::working(Phase::Terminating, Reason::Removed, "nothing of the bot is left")
+            }
+            State::Held => Verdict::working(
+                Phase::Stopping,
+                Reason::WaitingForSnapshot,
+                "stopped for a BotSnapshot of consistency Stopped; it is started again once that is taken",
+            ),
+            State::WaitingForSnapshot => {
+                let phase = match (observed.task, &desired.goal) {
+                    (Task::Running { .. } | Task::Paused { .. }, _) => phase_of_task,
+                    (_, Goal::Stopped { .. }) => Phase::Stopping,
+                    _ => Phase::Starting,
+                };
+                Verdict::working(
+                    phase,
+                    Reason::WaitingForSnapshot,
+                    "spec.rollback: what it replaces becomes a version first, which the controller gives its number",
+                )
             }
             State::Running => Verdict::ready(Phase::Running, Reason::AsAsked, "the process runs as asked"),
             State::Paused { kept: Kept::MemoryAndFiles, .. } => {
@@ -407,8 +440,23 @@ fn running(observed: &Observed, record: Option<&Record>, gone: bool) -> (Option<
     }
 }
 
+/// Whether the bot has what it was to start from; `None` for one that starts from its image.
+fn restored(
+    desired: &Desired,
+    observed: &Observed,
+    trouble: Option<&Trouble>,
+) -> Option<(Option<bool>, Reason, String)> {
+    let from = desired.restore.as_ref()?;
+    let words = format!("version {} of bot {}, BotSnapshot {}", from.version, from.bot_id, from.snapshot_name);
+    Some(match (&observed.layer, trouble) {
+        (Some(layer), _) if !layer.filling => (Some(true), Reason::Restored, format!("the bot started from {words}")),
+        (_, Some(trouble)) => (Some(false), trouble.reason, trouble.message.clone()),
+        _ => (Some(false), Reason::RestoreWaiting, format!("the bot's layer is made from {words}")),
+    })
+}
+
 fn image_ready(desired: &Desired, observed: &Observed, trouble: Option<&Trouble>) -> (Option<bool>, Reason, String) {
-    if let Some(layer) = &observed.layer {
+    if let Some(layer) = observed.layer.as_ref().filter(|layer| !layer.filling) {
         return (Some(true), Reason::ImageReady, format!("{} is {}", layer.image, layer.digest));
     }
     match trouble {
@@ -553,7 +601,8 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
 pub fn says(live: Option<&BotContainerStatus>, wanted: &BotContainerStatus) -> bool {
     let Some(live) = live else { return false };
     let scheduled = ConditionType::Scheduled.as_str();
-    let mut own = BotContainerStatus { node_name: None, bot_id: None, ..live.clone() };
+    let mut own =
+        BotContainerStatus { node_name: None, bot_id: None, restored_from: None, last_version: None, ..live.clone() };
     own.conditions.retain(|c| c.type_ != scheduled);
     let mut wanted = wanted.clone();
     own.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));

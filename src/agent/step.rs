@@ -50,6 +50,17 @@ pub enum Step {
     /// Note that an end by itself is settled, since the bot is to be stopped or its spec changed: the next start asks no
     /// restart policy.
     SettleEnd,
+    /// Make a layer beside the one in use, with what the version of a rollback holds, and note it. The bot runs on. Cut off: the note
+    /// says that it is not whole, and the next begins again.
+    CopyAside,
+    /// Remove a layer that was made for a rollback which is not asked for any more. Cut off: the rest is noted still.
+    DropAside,
+    /// Note that the bot's layer is the one beside from now on, in one write. Cut off: it is the old one or the new one.
+    SwitchLayer,
+    /// Commit the layer that was replaced as the version that it becomes, or remove it, then note that. Cut off: done again.
+    SettleReplaced,
+    /// Commit the layer of a bot that is deleted as the version that it becomes. Cut off: it is that already, or is done again.
+    Preserve,
     /// Remove parts that are not wanted any more, side by side. Cut off: the rest is found by name.
     Remove(Parts),
     /// Remove logs, mounted files and lease, then the container's record. The last step of a deletion: until then the record says whose the
@@ -95,6 +106,11 @@ impl Step {
             Self::PutAway => "put_away",
             Self::RecordLost => "record_lost",
             Self::SettleEnd => "settle_end",
+            Self::CopyAside => "copy_aside",
+            Self::DropAside => "drop_aside",
+            Self::SwitchLayer => "switch_layer",
+            Self::SettleReplaced => "settle_replaced",
+            Self::Preserve => "preserve",
             Self::Remove(_) => "remove",
             Self::RemoveContainer => "remove_container",
         }

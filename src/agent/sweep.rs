@@ -173,7 +173,8 @@ impl Sweeper {
                 for info in page.info {
                     let uid = info.labels.get(labels::UID).and_then(|uid| BotUid::parse(uid).ok());
                     // Only a bot's active layer: versions (committed) belong to BotSnapshots.
-                    if let Some(uid) = uid.filter(|uid| info.name == labels::first_layer(&uid.container_id())) {
+                    if let Some(uid) = uid.filter(|uid| labels::layer_number(&uid.container_id(), &info.name).is_some())
+                    {
                         found.entry(uid).or_insert_with(|| owner(&info.labels, Some(snapshotter)));
                     }
                 }
@@ -247,6 +248,8 @@ impl Orphan {
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
             rollback: None,
+            restore: None,
+            preserve: None,
             scheduled: false,
             goal: Goal::Gone { grace: GRACE },
         };

@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 use super::bot_container::{ImageStatus, choice};
 
@@ -96,6 +97,24 @@ choice! {
     #[allow(missing_docs)]
     SnapshotSource { Manual, PreExec, Rollback, PreImageChange, Preserved, Scheduled }
 }
+impl SnapshotSource {
+    /// The word that the API has for it.
+    pub fn word(self) -> String {
+        serde_json::to_value(self).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+    }
+}
+
+/// The name of the BotSnapshot that is made by itself of a bot: always the same one for the same cause, so that none is made
+/// twice, and that whoever waits for it finds it. `cause` tells it from others of its source: the id of a rollback, a time.
+pub fn automatic_name(bot: &str, uid: &str, source: SnapshotSource, cause: &str) -> String {
+    let word = source.word();
+    let hash = Sha256::digest(format!("{uid}\n{word}\n{cause}"));
+    let hash: String = hash.iter().take(5).map(|byte| format!("{byte:02x}")).collect();
+    // A name has 253 characters at most; word and hash take 26 of them.
+    let stem: String = bot.chars().take(220).collect();
+    format!("{}-{}-{hash}", stem.trim_end_matches(['-', '.']), word.to_lowercase())
+}
+
 choice! {
     /// In which state the bot was.
     #[allow(missing_docs)]

@@ -19,11 +19,10 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PostParams, Preconditions};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
 use crate::api::bot_container::{DeletionPolicy, RestoredFrom};
 use crate::api::bot_record::Given;
-use crate::api::bot_snapshot::{BotSnapshotSpec, SnapshotPhase, SnapshotSource};
+use crate::api::bot_snapshot::{BotSnapshotSpec, SnapshotPhase, SnapshotSource, automatic_name};
 use crate::api::condition::{ConditionType, Reason, condition, find};
 use crate::api::{
     BotContainer, BotRecord, BotSnapshot, BotSnapshotStatus, CONTROLLER, SNAPSHOT_FINALIZER, SOURCE_LABEL,
@@ -85,28 +84,15 @@ impl Cause {
     }
 }
 
-/// The source in the API's words.
-fn word(source: SnapshotSource) -> String {
-    serde_json::to_value(source).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
-}
-
-/// The name of the snapshot that the controller makes of a bot for a cause: always the same one.
-pub fn automatic_name(bot: &BotContainer, source: SnapshotSource, cause: &str) -> String {
-    let uid = bot.uid().unwrap_or_default();
-    let hash = Sha256::digest(format!("{uid}\n{}\n{cause}", word(source)));
-    let hash: String = hash.iter().take(5).map(|byte| format!("{byte:02x}")).collect();
-    let kind = word(source).to_lowercase();
-    // A name has 253 characters at most; kind and hash take 26 of them.
-    let stem: String = bot.name_any().chars().take(220).collect();
-    format!("{}-{kind}-{hash}", stem.trim_end_matches(['-', '.']))
-}
-
 /// Who asked for a snapshot: what its label says, if its name proves that the controller made it of this bot; else a user.
 pub fn source(snapshot: &BotSnapshot, bot: &BotContainer) -> SnapshotSource {
     let label = snapshot.labels().get(SOURCE_LABEL);
     let said = label.and_then(|text| serde_json::from_value::<SnapshotSource>(json!(text)).ok());
     let cause = snapshot.annotations().get(CAUSE).map_or("", String::as_str);
-    said.filter(|said| automatic_name(bot, *said, cause) == snapshot.name_any()).unwrap_or(SnapshotSource::Manual)
+    said.filter(|said| {
+        automatic_name(&bot.name_any(), &bot.uid().unwrap_or_default(), *said, cause) == snapshot.name_any()
+    })
+    .unwrap_or(SnapshotSource::Manual)
 }
 
 /// What a decision is made from.
@@ -401,9 +387,12 @@ async fn give(
 pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Result<(), Error> {
     let namespace = bot.namespace().unwrap_or_default();
     let (source, words) = (cause.source(), cause.words());
-    let name = automatic_name(bot, source, &words);
-    if context.world().has_snapshot(&Name { namespace: namespace.clone(), name: name.clone() }) {
-        return Ok(());
+    let name = automatic_name(&bot.name_any(), &bot.uid().unwrap_or_default(), source, &words);
+    let known = context.world().snapshot(&Name { namespace: namespace.clone(), name: name.clone() });
+    if let Some(known) = known {
+        // One that failed holds nothing, and is in the way of the next.
+        let failed = known.status.as_ref().is_some_and(|status| status.phase == Some(SnapshotPhase::Failed));
+        return if failed { delete(context, &known).await } else { Ok(()) };
     }
     let spec = BotSnapshotSpec {
         display_name: Some(match cause {
@@ -416,7 +405,7 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
         ..BotSnapshotSpec::of(&bot.name_any())
     };
     let mut snapshot = BotSnapshot::new(&name, spec);
-    snapshot.labels_mut().insert(SOURCE_LABEL.to_owned(), word(source));
+    snapshot.labels_mut().insert(SOURCE_LABEL.to_owned(), source.word());
     snapshot.annotations_mut().insert(CAUSE.to_owned(), words);
     // It has it from birth: one write less, and no moment in which it could go unseen.
     snapshot.metadata.finalizers = Some(vec![SNAPSHOT_FINALIZER.to_owned()]);

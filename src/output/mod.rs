@@ -39,6 +39,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 
+pub use self::cgroup::enter as enter_cgroup;
 pub use self::dir_name::BotDirName;
 pub use self::record::{MAX_TEXT, Stream};
 

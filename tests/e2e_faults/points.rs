@@ -4,10 +4,11 @@
 //! not starts, and what the object says is reached, with the process having run as often as it should and no more.
 
 use berth::agent::failpoint::{Effect, Point, VARIABLE};
-use berth::api::BotContainer;
-use berth::api::bot_container::{OperatingMode, Phase, RestartPolicy};
+use berth::api::bot_container::{DeletionPolicy, OperatingMode, Phase, RestartPolicy};
+use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, find};
-use kube::api::{DeleteParams, Patch, PatchParams};
+use berth::api::{BotContainer, BotSnapshot, BotSnapshotSpec};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 
 use crate::common::{BotBuilder, SOON, wait_for};
 use crate::scene::{Scene, counting, diarist, id};
@@ -56,6 +57,20 @@ enum Way {
     Deleted,
     /// Its object went without its agent having done anything.
     Orphaned,
+    /// Running, with a BotSnapshot asked for.
+    Snapshotted,
+    /// A BotSnapshot that is Ready is deleted.
+    SnapshotDeleted,
+    /// Running, with a rollback asked for that keeps what it replaces.
+    Rolled,
+    /// The same, and what it replaces goes.
+    RolledBare,
+    /// A rollback that waits, since the bot is paused, is withdrawn.
+    Withdrawn,
+    /// Deleted under `Retain` while running.
+    Retained,
+    /// A new bot of a botId that left a version.
+    Restored,
 }
 
 fn way(effect: Effect) -> Way {
@@ -91,7 +106,28 @@ fn way(effect: Effect) -> Way {
         Effect::LostNote => Way::Lost,
         Effect::SettleNote => Way::Settled,
         Effect::RemoveNetwork | Effect::RemoveOutput => Way::Stopped,
-        Effect::RemoveLayer | Effect::RemoveFiles | Effect::RemoveLease | Effect::RemoveContainer => Way::Deleted,
+        Effect::RemoveLayer
+        | Effect::RemoveFiles
+        | Effect::RemoveSpare
+        | Effect::RemoveLease
+        | Effect::RemoveContainer => Way::Deleted,
+        Effect::AsideNote
+        | Effect::AsideCopy
+        | Effect::AsideNoteDone
+        | Effect::SwitchNote
+        | Effect::ReplacedTaken
+        | Effect::ReplacedCommit
+        | Effect::ReplacedNote => Way::Rolled,
+        Effect::ReplacedRemove => Way::RolledBare,
+        Effect::AsideRemove | Effect::AsideForget => Way::Withdrawn,
+        Effect::PreserveTaken | Effect::PreserveCommit => Way::Retained,
+        Effect::RestoreCopy => Way::Restored,
+        Effect::SnapshotPrepare
+        | Effect::SnapshotCopy
+        | Effect::SnapshotFreeze
+        | Effect::SnapshotCommit
+        | Effect::SnapshotStatus => Way::Snapshotted,
+        Effect::SnapshotRemoveCopy | Effect::SnapshotRemove => Way::SnapshotDeleted,
         Effect::RemoveLogs => Way::Orphaned,
     }
 }
@@ -107,12 +143,53 @@ fn base(way: Way, name: &str) -> BotBuilder {
             let variable = serde_json::json!({"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}});
             spec.env.push(serde_json::from_value(variable).unwrap());
         }),
+        Way::Rolled | Way::RolledBare => rolled(counting(name), &version(name), way == Way::Rolled),
+        Way::Retained | Way::Restored => {
+            counting(name).id(name).with(|spec| spec.deletion_policy = DeletionPolicy::Retain)
+        }
         _ => counting(name),
     };
     bot.restart(RestartPolicy::Never)
 }
 
+/// Name of the BotSnapshot of a bot.
+fn version(name: &str) -> String {
+    format!("{name}-v")
+}
+
+fn rolled(bot: BotBuilder, snapshot: &str, keep: bool) -> BotBuilder {
+    let rollback = serde_json::json!({"id": "back", "snapshotName": snapshot, "keepReplaced": keep});
+    bot.with(|spec| spec.rollback = Some(serde_json::from_value(rollback).unwrap()))
+}
+
 impl Scene {
+    async fn snapshot(&self, name: &str) {
+        let snapshot = BotSnapshot::new(&version(name), BotSnapshotSpec::of(name));
+        self.ns.api::<BotSnapshot>().create(&PostParams::default(), &snapshot).await.unwrap();
+    }
+
+    /// Waits until every BotSnapshot of the namespace is Ready, and there are so many.
+    async fn versions(&self, count: usize, why: impl std::fmt::Display) -> Vec<BotSnapshot> {
+        wait_for(format!("{why}: {count} versions Ready"), SOON, || async {
+            let all = self.ns.api::<BotSnapshot>().list(&Default::default()).await.unwrap().items;
+            let ready = |s: &BotSnapshot| s.status.as_ref().is_some_and(|s| s.phase == Some(SnapshotPhase::Ready));
+            if all.len() == count && all.iter().all(ready) {
+                return Ok(all);
+            }
+            Err(all.iter().map(|s| serde_json::to_string(&s.status).unwrap()).collect::<Vec<_>>().join(", "))
+        })
+        .await
+    }
+
+    /// Deletes what a bot left.
+    async fn no_versions(&self) {
+        let api = self.ns.api::<BotSnapshot>();
+        for snapshot in api.list(&Default::default()).await.unwrap().items {
+            api.delete(snapshot.metadata.name.as_ref().unwrap(), &DeleteParams::default()).await.unwrap();
+        }
+        self.versions(0, "all deleted").await;
+    }
+
     /// Brings a bot to where its way begins; the agent runs.
     async fn bring(&self, way: Way, name: &str) -> Option<BotContainer> {
         match way {
@@ -137,6 +214,34 @@ impl Scene {
                 self.phase(name, Phase::Failed).await;
                 Some(bot)
             }
+            Way::Snapshotted | Way::SnapshotDeleted | Way::Rolled | Way::RolledBare | Way::Withdrawn => {
+                let bot = self.apply(counting(name).restart(RestartPolicy::Never)).await;
+                self.phase(name, Phase::Running).await;
+                self.started(&bot, 1).await;
+                if way != Way::Snapshotted {
+                    self.snapshot(name).await;
+                    self.versions(1, name).await;
+                }
+                if way == Way::Withdrawn {
+                    let waits = rolled(base(way, name), &version(name), false).paused();
+                    self.apply(waits).await;
+                    self.ns
+                        .until(name, "RestartPending", SOON, |bot| {
+                            let conditions = bot.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
+                            find(conditions, ConditionType::Ready).is_some_and(|c| c.reason == "RestartPending")
+                        })
+                        .await;
+                }
+                Some(bot)
+            }
+            Way::Restored => {
+                let bot = self.apply(base(way, name)).await;
+                self.phase(name, Phase::Running).await;
+                self.started(&bot, 1).await;
+                self.ns.delete(name, SOON).await;
+                self.versions(1, name).await;
+                None
+            }
             Way::Ended => {
                 // It ends when it is told, which is when no agent looks.
                 let bot = self.apply(diarist(name, ENDS_WHEN_TOLD).restart(RestartPolicy::Never)).await;
@@ -157,7 +262,23 @@ impl Scene {
     async fn lead(&self, way: Way, name: &str, bot: Option<&BotContainer>) -> BotContainer {
         let next = base(way, name);
         match way {
-            Way::Up | Way::Addressed | Way::Pulled | Way::Unstartable => self.apply(next).await,
+            Way::Up
+            | Way::Addressed
+            | Way::Pulled
+            | Way::Unstartable
+            | Way::Rolled
+            | Way::RolledBare
+            | Way::Restored => self.apply(next).await,
+            Way::Withdrawn => self.apply(next.paused()).await,
+            Way::Snapshotted => {
+                self.snapshot(name).await;
+                bot.unwrap().clone()
+            }
+            Way::SnapshotDeleted => {
+                let api = self.ns.api::<BotSnapshot>();
+                api.delete(&version(name), &DeleteParams::default()).await.unwrap();
+                bot.unwrap().clone()
+            }
             Way::Paused => self.apply(next.paused()).await,
             Way::Resumed => self.apply(next.mode(OperatingMode::Running)).await,
             Way::Limited => self.apply(next.limit("pids", "77")).await,
@@ -195,7 +316,7 @@ impl Scene {
                 std::fs::create_dir_all(self.runc(bot.unwrap())).unwrap();
                 bot.unwrap().clone()
             }
-            Way::Deleted => {
+            Way::Deleted | Way::Retained => {
                 self.ns.bots().delete(name, &DeleteParams::default()).await.unwrap();
                 bot.unwrap().clone()
             }
@@ -259,6 +380,48 @@ impl Scene {
                 let running = find(conditions, ConditionType::Running).unwrap();
                 assert_eq!(running.status, "False", "{point}: {running:?}");
             }
+            Way::Snapshotted => {
+                self.versions(1, point).await;
+                self.phase(name, Phase::Running).await;
+                starts(1);
+            }
+            Way::SnapshotDeleted => {
+                self.versions(0, point).await;
+                self.phase(name, Phase::Running).await;
+                starts(1);
+            }
+            Way::Rolled | Way::RolledBare => {
+                let bot = self.ns.ready(name, SOON).await;
+                // The start that the version holds, and one after going back to it.
+                self.started(&bot, 2).await;
+                starts(2);
+                assert_eq!(bot.status.as_ref().unwrap().rollback.as_ref().unwrap().version, Some(1), "{point}");
+                self.versions(if way == Way::Rolled { 2 } else { 1 }, point).await;
+            }
+            Way::Withdrawn => {
+                self.ns.ready(name, SOON).await;
+                starts(1);
+                wait_for(format!("{point}: no layer beside"), SOON, || async {
+                    let left = self.agent.ctr(["snapshots", "list"]);
+                    if left.contains(&format!("{}.2", id(bot))) { Err(left) } else { Ok(()) }
+                })
+                .await;
+            }
+            Way::Restored => {
+                let bot = self.ns.ready(name, SOON).await;
+                self.started(&bot, 2).await;
+                starts(2);
+            }
+            Way::Retained => {
+                wait_for(format!("{point}: {name} gone"), SOON, || async {
+                    match self.ns.bots().get_opt(name).await {
+                        Ok(None) => Ok(()),
+                        other => Err(format!("{other:?}")),
+                    }
+                })
+                .await;
+                self.versions(1, point).await;
+            }
             Way::Deleted | Way::Orphaned => {
                 wait_for(format!("{point}: {name} gone"), SOON, || async {
                     match self.ns.bots().get_opt(name).await {
@@ -283,9 +446,10 @@ impl Scene {
         self.agent.killed(point, DIES).await;
         self.agent.start_again(&[OFF]).await;
         self.reached(way, &name, &bot, point).await;
-        if !matches!(way, Way::Deleted | Way::Orphaned) {
+        if !matches!(way, Way::Deleted | Way::Orphaned | Way::Retained) {
             self.ns.delete(&name, SOON).await;
         }
+        self.no_versions().await;
         self.nothing_left().await;
     }
 }
@@ -296,6 +460,9 @@ const UP: &[Way] = &[Way::Up, Way::Addressed, Way::Pulled, Way::Unstartable];
 const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Skilled, Way::Changed];
 const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Left, Way::Settled];
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
+const SNAPSHOT: &[Way] = &[Way::Snapshotted, Way::SnapshotDeleted];
+const ROLLBACK: &[Way] = &[Way::Rolled, Way::RolledBare, Way::Withdrawn];
+const KEPT: &[Way] = &[Way::Retained, Way::Restored];
 
 async fn points(name: &str, ways: &[Way]) {
     let mut scene = Scene::new_with(name, &[("BERTH_ORPHAN_GRACE_SECONDS", "1")]).await;
@@ -327,9 +494,24 @@ async fn an_agent_killed_at_any_point_of_a_deletion_leaves_nothing() {
     points("deletion", DELETION).await;
 }
 
+#[tokio::test]
+async fn an_agent_killed_at_any_point_of_a_snapshot_makes_it_true_and_leaves_the_bot_alone() {
+    points("snap", SNAPSHOT).await;
+}
+
+#[tokio::test]
+async fn an_agent_killed_at_any_point_of_a_rollback_ends_on_the_old_layer_or_the_new_one() {
+    points("roll", ROLLBACK).await;
+}
+
+#[tokio::test]
+async fn an_agent_killed_at_any_point_of_keeping_and_restoring_loses_nothing() {
+    points("kept", KEPT).await;
+}
+
 #[test]
 fn no_point_is_left_out() {
-    let walked = [UP, CHANGE, END, DELETION].concat();
+    let walked = [UP, CHANGE, END, DELETION, SNAPSHOT, ROLLBACK, KEPT].concat();
     for point in Point::all() {
         assert!(walked.contains(&way(point.effect)), "{point}");
     }

@@ -116,7 +116,12 @@ impl Scene {
     /// The directory on the disk that holds what a bot wrote.
     #[track_caller]
     pub fn layer(&self, bot: &BotContainer) -> PathBuf {
-        let key = format!("{}.1", id(bot));
+        // A rollback puts another in the place of the first.
+        let all = self.agent.ctr(["snapshots", "list"]);
+        let numbers =
+            all.lines().filter_map(|line| line.strip_prefix(&format!("{}.", id(bot)))?.split_whitespace().next());
+        let newest = numbers.filter_map(|number| number.parse::<u64>().ok()).max().unwrap_or(1);
+        let key = format!("{}.{newest}", id(bot));
         let mounts = self.agent.ctr(["snapshots", "mounts", "/nowhere", &key]);
         let upper = mounts.split_once("upperdir=").unwrap_or_else(|| panic!("{key}: {mounts}")).1;
         PathBuf::from(upper.split([',', ' ']).next().unwrap())

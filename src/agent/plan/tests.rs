@@ -11,7 +11,7 @@ use crate::agent::record::Ending;
 mod stories;
 pub mod world;
 
-use world::{Ask, Habits, Mode, World, connected, layer};
+use world::{Ask, Habits, Kept, Mode, World, connected, layer};
 
 const NOON: i64 = 1_795_521_600;
 
@@ -43,19 +43,13 @@ pub fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![select(vec![0i64, 1, 10, 86_400]), Just(i64::MAX), Just(-1)],
         prop_oneof![3 => Just(NetworkMode::Bridge), 1 => Just(NetworkMode::Host), 1 => Just(NetworkMode::None)],
         any::<bool>(),
+        (prop_oneof![3 => Just(0u8), 1 => 1..3u8], select(vec![Kept::No, Kept::Awaited, Kept::As])),
     )
-        .prop_map(|(mode, (env, skill, restarted), cpu, image, policy, grace, network, address_in_env)| Ask {
-            mode,
-            env,
-            cpu,
-            skill,
-            restarted,
-            image,
-            policy,
-            grace,
-            network,
-            address_in_env,
-        })
+        .prop_map(
+            |(mode, (env, skill, restarted), cpu, image, policy, grace, network, address_in_env, (rollback, keep))| {
+                Ask { mode, env, cpu, skill, restarted, image, policy, grace, network, address_in_env, rollback, keep }
+            },
+        )
 }
 
 fn ending() -> impl Strategy<Value = Ending> {
@@ -97,6 +91,9 @@ pub fn record() -> impl Strategy<Value = Record> {
                 hash: alive.hash,
                 restarted_at: alive.restarted_at,
                 rollback: None,
+                rolled: None,
+                aside: None,
+                replaced: None,
                 limits: match limits {
                     0 => String::new(),
                     1 => "not JSON".into(),
@@ -235,8 +232,7 @@ fn live(world: &mut World, events: &[Event], first: Ask) -> Desired {
             Event::FilesVanish => world.observed.files = false,
             Event::Reboot => world.reboot(),
             Event::OutsiderRemovesContainer => world.outsider_removes_container(),
-            Event::OutsiderRemovesLayer if world.observed.task == Task::Absent => world.observed.layer = None,
-            Event::OutsiderRemovesLayer => {}
+            Event::OutsiderRemovesLayer => world.outsider_removes_layer(),
             Event::BadCommand(bad) => world.habits.refuses_start = bad,
             Event::BadDirectory(bad) => world.habits.refuses_create = bad,
         }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::agent::observe::Output;
 use crate::agent::plan::plan;
-use crate::agent::plan::tests::world::{Ask, Habits, Mode, World, connected, layer, nothing};
+use crate::agent::plan::tests::world::{Ask, Habits, Kept, Mode, World, connected, layer, nothing};
 use crate::agent::plan::tests::{ask, observed, time};
 use crate::agent::record::Ending;
 use crate::agent::step::Parts;
@@ -282,10 +282,35 @@ fn rows() -> Vec<Row> {
             "Terminating | Ready=False Terminating | Running=True Running | - | Reconciling=True Terminating",
         ),
         row(
-            "Terminating: the files are to be kept, which can't be done yet",
+            "Terminating: the files are to be kept, and the version has no number yet",
+            Ask { keep: Kept::Awaited, ..ask_for(Mode::Retained) },
+            put_away(Observed { task: Task::Absent, ..edited(|r| r.life = Life::Fresh) }),
+            "Terminating | Ready=False WaitingForSnapshot | Running=False Stopped | Files | Reconciling=True WaitingForSnapshot",
+        ),
+        row(
+            "Terminating: the files become a version",
             ask_for(Mode::Retained),
             put_away(Observed { task: Task::Absent, ..edited(|r| r.life = Life::Fresh) }),
-            "Terminating | Ready=False SnapshotsUnsupported | Running=False Stopped | Files | Stalled=True SnapshotsUnsupported",
+            "Terminating | Ready=False Terminating | Running=False Stopped | - | Reconciling=True Terminating",
+        ),
+        row(
+            "Running: a rollback is asked for, and its version is being copied",
+            Ask { rollback: 1, ..Ask::default() },
+            running(),
+            "Running | Ready=False RollingBack | Running=True Running | - | Reconciling=True RollingBack",
+        ),
+        row(
+            "Running: a rollback waits for the version that it makes of what it replaces",
+            Ask { rollback: 1, keep: Kept::Awaited, ..Ask::default() },
+            edited(|r| {
+                r.aside = Some(crate::agent::record::Aside {
+                    layer: "l2".into(),
+                    rollback: "r1".into(),
+                    snapshot: "v1".into(),
+                    complete: true,
+                });
+            }),
+            "Running | Ready=False WaitingForSnapshot | Running=True Running | - | Reconciling=True WaitingForSnapshot",
         ),
         row(
             "Terminating: there are no files to be kept",

@@ -113,12 +113,14 @@ fn a_version_is_given_once_and_without_gaps() {
 fn what_the_controller_made_is_told_by_its_name() {
     let bot = web(|_| {});
     let cause = Cause::Rollback("monday".to_owned());
-    let name = automatic_name(&bot, cause.source(), &cause.words());
-    assert_eq!(name, automatic_name(&bot, cause.source(), "monday"));
+    let named =
+        |bot: &BotContainer, source, cause: &str| automatic_name(&bot.name_any(), &bot.uid().unwrap(), source, cause);
+    let name = named(&bot, cause.source(), &cause.words());
+    assert_eq!(name, named(&bot, cause.source(), "monday"));
     assert!(name.starts_with("web-rollback-") && name.len() == "web-rollback-".len() + 10, "{name}");
-    assert_ne!(name, automatic_name(&bot, cause.source(), "tuesday"));
+    assert_ne!(name, named(&bot, cause.source(), "tuesday"));
     let other = web(|body| body["metadata"]["uid"] = json!("u2"));
-    assert_ne!(name, automatic_name(&other, cause.source(), "monday"), "the same name later is another bot");
+    assert_ne!(name, named(&other, cause.source(), "monday"), "the same name later is another bot");
 
     let made = |name: &str, label: &str, cause: &str| {
         snapshot(|body| {
@@ -138,7 +140,7 @@ fn what_the_controller_made_is_told_by_its_name() {
         assert_eq!(source(&made(name, label, cause), &bot), SnapshotSource::Manual, "{name} {label} {cause}");
     }
     let long = web(|body| body["metadata"]["name"] = json!("w".repeat(253)));
-    assert!(automatic_name(&long, SnapshotSource::PreImageChange, "").len() <= 253);
+    assert!(named(&long, SnapshotSource::PreImageChange, "").len() <= 253);
 }
 
 #[test]

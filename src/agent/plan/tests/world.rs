@@ -4,21 +4,25 @@
 //! It watches what no plan can see: how often a process really ran, whether it was asked before it was killed, whether
 //! anybody but a deletion took its layer.
 
+use std::collections::BTreeMap;
+
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
-use crate::agent::desired::{Alive, Desired, Goal, desired};
+use crate::agent::desired::{Alive, Desired, Goal, Keep, Rollback, Target, desired};
+use crate::agent::labels::next_layer;
 use crate::agent::observe::{Attached, Container, Layer, Observed, Output, Task};
 use crate::agent::plan::{KILL_AGAIN, Next, State, plan};
-use crate::agent::record::{BACKOFF_MAX, Ending, Life, Record};
+use crate::agent::record::{Aside, BACKOFF_MAX, Ending, Life, Record};
 use crate::agent::step::{Parts, Step};
+use crate::agent::version::Version;
 use crate::api::BotContainer;
 use crate::api::bot_container::{DeletionPolicy, NetworkMode, RestartPolicy};
 use crate::api::condition::Reason;
 
 pub const UID: &str = "2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
 /// Most steps that the longest way takes: down from a paused process, and up again from nothing.
-const STEPS: usize = 40;
+const STEPS: usize = 60;
 /// Most waits on one way.
 const WAITS: usize = 12;
 
@@ -36,6 +40,17 @@ pub struct Ask {
     pub grace: i64,
     pub network: NetworkMode,
     pub address_in_env: bool,
+    /// Number of the version to go back to, which also names the rollback; 0 for none.
+    pub rollback: u8,
+    pub keep: Kept,
+}
+
+/// What is to become of the layer that a rollback replaces, or of that of a deleted bot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    No,
+    Awaited,
+    As,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,8 +79,15 @@ impl Default for Ask {
             grace: 10,
             network: NetworkMode::Bridge,
             address_in_env: false,
+            rollback: 0,
+            keep: Kept::As,
         }
     }
+}
+
+/// A version of the bot.
+pub fn version(uid: String, number: i64) -> Version {
+    Version { name: uid.clone(), uid, namespace: "team-a".into(), bot_id: "web".into(), number }
 }
 
 impl Ask {
@@ -108,7 +130,23 @@ impl Ask {
     }
 
     pub fn desired(self) -> Desired {
-        desired(&self.bot(), "overlayfs").unwrap()
+        let mut desired = desired(&self.bot(), "overlayfs", &[], false).unwrap();
+        let number = i64::from(self.rollback);
+        if self.rollback > 0 {
+            desired.rollback = Some(Rollback::To(Box::new(Target {
+                id: format!("r{number}"),
+                version: version(format!("v{number}"), number),
+                keep: match self.keep {
+                    Kept::No => Keep::No,
+                    Kept::Awaited => Keep::Awaited,
+                    Kept::As => Keep::As(version(format!("by-r{number}"), 100 + number)),
+                },
+            })));
+        }
+        if self.mode == Mode::Retained && self.keep == Kept::As {
+            desired.preserve = Some(version("last".into(), 200));
+        }
+        desired
     }
 
     /// The same, alive: for the hash, limits and image that a record may have.
@@ -184,6 +222,12 @@ pub struct World {
     may_run_again: bool,
     /// Whether everything came to be by the rules: not so when a test drew the state from a hat.
     lawful: bool,
+    /// An outsider has removed a layer of the bot.
+    robbed: bool,
+    /// Layers of the bot beside the one that the record names.
+    spare: BTreeMap<String, Layer>,
+    /// Versions that were made of its layers, by uid, with the layer that each was.
+    versions: BTreeMap<String, String>,
 }
 
 pub fn nothing() -> Observed {
@@ -204,6 +248,8 @@ pub fn layer(image: u8) -> Layer {
         image: format!("registry.example/bot:{image}"),
         digest: format!("sha256:{image}"),
         created_at: None,
+        version: None,
+        filling: false,
     }
 }
 
@@ -227,6 +273,9 @@ impl World {
             doomed: false,
             may_run_again: true,
             lawful: true,
+            robbed: false,
+            spare: BTreeMap::new(),
+            versions: BTreeMap::new(),
         }
     }
 
@@ -253,6 +302,12 @@ impl World {
             Goal::Stopped { .. } => self.may_run_again = true,
             Goal::Alive(alive) if self.record().is_some_and(|r| !r.is_for(alive)) => self.may_run_again = true,
             _ => {}
+        }
+        if let (Some(Rollback::To(target)), Some(record)) = (&desired.rollback, self.record())
+            && record.rollback.as_ref() != Some(&target.id)
+        {
+            // A bot that goes back begins anew there.
+            self.may_run_again = true;
         }
         match &next {
             Next::Do(Step::Remove(parts)) if parts.layer => {
@@ -315,9 +370,12 @@ impl World {
                 put_away && no_process && layer.is_none() && *container == Container::Absent
             }
             (Goal::Retained { .. }, Container::Foreign { .. }, state) => {
-                put_away && *state == if layer.is_some() { State::Retained } else { State::Removed }
+                let waits = layer.is_some() && desired.preserve.is_none();
+                put_away && *state == if waits { State::Retained } else { State::Removed }
             }
-            (Goal::Retained { .. }, _, State::Retained) => put_away && no_process && layer.is_some(),
+            (Goal::Retained { .. }, _, State::Retained) => {
+                put_away && no_process && layer.is_some() && desired.preserve.is_none()
+            }
             (Goal::Retained { .. }, container, State::Removed) => {
                 put_away && no_process && layer.is_none() && *container == Container::Absent
             }
@@ -325,6 +383,7 @@ impl World {
             (Goal::Stopped { .. }, _, State::Stopped) => {
                 put_away && no_process && record.is_none_or(|record| record.life == Life::Fresh)
             }
+            (Goal::Stopped { .. }, _, State::WaitingForSnapshot) => put_away && no_process,
             (Goal::Refused { .. }, _, State::Refused(_)) => {
                 // An end is noted, an order carried out; what runs, runs on.
                 let seen_to = !matches!(task, Task::Stopped { .. } | Task::Unknown);
@@ -348,7 +407,11 @@ impl World {
                         alive.paused && fresh && matches!(task, Task::Paused { .. })
                     }
                     State::Paused { .. } => alive.paused && fresh && no_process,
-                    State::RestartPending => alive.paused && !fresh && matches!(task, Task::Paused { .. }),
+                    State::RestartPending => {
+                        alive.paused && (!fresh || desired.rollback.is_some()) && matches!(task, Task::Paused { .. })
+                    }
+                    // Asked for in the place of what it was settled in.
+                    State::WaitingForSnapshot => true,
                     State::Completed | State::Failed => {
                         let code = record.last.as_ref().map_or(0, |last| last.code);
                         put_away
@@ -367,7 +430,28 @@ impl World {
             }
             _ => false,
         };
+        let right = right && self.rolled_back(state, desired);
         assert!(right, "{state:?} is not what {:?} asks for: {:#?}\n{:#?}", desired.goal, self.observed, self.trace);
+    }
+
+    /// Whether a rollback that is asked for is done, or is where it has to wait.
+    fn rolled_back(&self, state: &State, desired: &Desired) -> bool {
+        let Some(record) = self.record() else { return true };
+        let asked = match &desired.rollback {
+            Some(Rollback::To(target)) if record.rollback.as_ref() != Some(&target.id) => Some(target),
+            _ => None,
+        };
+        let rolls = matches!(desired.goal, Goal::Alive(_) | Goal::Stopped { .. });
+        match (state, asked) {
+            (State::WaitingForSnapshot, Some(target)) => target.keep == Keep::Awaited,
+            (State::WaitingForSnapshot, None) => false,
+            (State::RestartPending, _) => true,
+            (_, Some(_)) if rolls => false,
+            (State::Running | State::Paused { .. } | State::Stopped, None) => {
+                record.aside.is_none() && record.replaced.is_none() && self.spare.is_empty()
+            }
+            _ => true,
+        }
     }
 
     // --- doing: the effects of act.rs, in its order ---
@@ -430,10 +514,32 @@ impl World {
                 let record = self.ours()?;
                 self.note(record.settled())
             }
+            Step::CopyAside => self.copy_aside(desired),
+            Step::DropAside => {
+                let record = self.ours()?;
+                let aside = record.aside.clone().ok_or(Ended::Failed("nothing beside"))?;
+                self.may()?;
+                self.spare.remove(&aside.layer);
+                self.note(Record { aside: None, ..record })
+            }
+            Step::SwitchLayer => self.switch_layer(desired),
+            Step::SettleReplaced => self.settle_replaced(),
+            Step::Preserve => {
+                let version = desired.preserve.clone().ok_or(Ended::Failed("no number"))?;
+                assert!(matches!(desired.goal, Goal::Retained { .. }), "a layer is taken from a bot that stays");
+                assert!(!self.lawful || self.observed.task == Task::Absent, "a layer is taken from under its process");
+                self.may()?;
+                if let Some(layer) = self.observed.layer.take() {
+                    self.versions.insert(version.uid, layer.key);
+                }
+                Ok(())
+            }
             Step::Remove(parts) => self.remove(parts),
             Step::RemoveContainer => {
                 self.may()?;
                 self.observed.files = false;
+                self.may()?;
+                self.spare.clear();
                 self.may()?;
                 assert!(
                     !matches!(self.observed.container, Container::Foreign { .. }),
@@ -443,6 +549,59 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    fn copy_aside(&mut self, desired: &Desired) -> Done {
+        let record = self.ours()?;
+        let Some(Rollback::To(target)) = &desired.rollback else { return Err(Ended::Failed("no rollback")) };
+        let key = next_layer(&desired.id, &record.layer);
+        let aside = Aside {
+            layer: key.clone(),
+            rollback: target.id.clone(),
+            snapshot: target.version.uid.clone(),
+            complete: false,
+        };
+        self.note(Record { aside: Some(aside.clone()), ..record.clone() })?;
+        self.may()?;
+        let like = self.observed.layer.clone().unwrap_or_else(|| layer(0));
+        let made = Layer { key: key.clone(), version: Some(target.version.number), filling: true, ..like };
+        self.spare.insert(key.clone(), made.clone());
+        self.may()?;
+        self.spare.insert(key, Layer { filling: false, ..made });
+        self.note(Record { aside: Some(Aside { complete: true, ..aside }), ..record })
+    }
+
+    fn switch_layer(&mut self, desired: &Desired) -> Done {
+        let record = self.ours()?;
+        let Some(Rollback::To(target)) = &desired.rollback else { return Err(Ended::Failed("no rollback")) };
+        let aside = record.aside.clone().ok_or(Ended::Failed("nothing beside"))?;
+        let Some(new) = self.spare.get(&aside.layer).filter(|layer| !layer.filling).cloned() else {
+            self.note(Record { aside: None, ..record })?;
+            return Err(Ended::Failed("gone"));
+        };
+        assert_eq!(self.observed.task, Task::Absent, "a layer is switched under a task");
+        assert!(record.replaced.is_none(), "a layer that was replaced is forgotten: {:#?}", self.trace);
+        assert_ne!(target.keep, Keep::Awaited, "what is replaced has no number to be kept under");
+        let switched = record.switched(&new, target, self.now);
+        self.note(switched)?;
+        self.spare.remove(&new.key);
+        if let Some(old) = self.observed.layer.replace(new) {
+            self.spare.insert(old.key.clone(), old);
+        }
+        Ok(())
+    }
+
+    fn settle_replaced(&mut self) -> Done {
+        let record = self.ours()?;
+        let replaced = record.replaced.clone().ok_or(Ended::Failed("nothing was replaced"))?;
+        self.may()?;
+        let gone = self.spare.remove(&replaced.layer);
+        if let Some(version) = &replaced.keep {
+            let kept = gone.is_some() || self.versions.get(&version.uid) == Some(&replaced.layer);
+            assert!(kept || !self.lawful || self.robbed, "what was to be kept is gone: {:#?}", self.trace);
+            self.versions.insert(version.uid.clone(), replaced.layer);
+        }
+        self.note(Record { replaced: None, ..record })
     }
 
     fn prepare(&mut self, parts: Parts, desired: &Desired) -> Done {
@@ -545,7 +704,13 @@ impl World {
             bot_id: desired.bot_id.clone(),
             hash: alive.hash.clone(),
             restarted_at: alive.restarted_at.clone().or_else(|| old.as_ref().and_then(|old| old.restarted_at.clone())),
-            rollback: None,
+            rollback: match &old {
+                Some(old) => old.rollback.clone(),
+                None => desired.rollback.as_ref().map(|asked| asked.id().to_owned()),
+            },
+            rolled: old.as_ref().and_then(|old| old.rolled.clone()),
+            aside: old.as_ref().and_then(|old| old.aside.clone()),
+            replaced: old.as_ref().and_then(|old| old.replaced.clone()),
             limits: alive.limits.clone(),
             skills: alive.skills.clone(),
             image: layer.image,
@@ -816,10 +981,20 @@ impl World {
         (self.observed.network, self.observed.output, self.observed.files) = (Attached::Absent, Output::Absent, false);
     }
 
+    /// Someone removes the layer that no process uses.
+    pub fn outsider_removes_layer(&mut self) {
+        if self.observed.task == Task::Absent {
+            self.observed.layer = None;
+            self.robbed = true;
+        }
+    }
+
     /// Someone removes the container that no process uses.
     pub fn outsider_removes_container(&mut self) {
         if self.observed.task == Task::Absent && self.record().is_some() {
             self.observed.container = Container::Absent;
+            // Nobody knows of them any more; they go with the bot.
+            self.spare.clear();
             self.may_run_again = true;
             self.ran_as = 0;
         }
@@ -835,9 +1010,11 @@ fn alive(desired: &Desired) -> Result<&Alive, Ended> {
 
 pub fn grace(desired: &Desired) -> SignedDuration {
     let grace = match &desired.goal {
-        Goal::Gone { grace } | Goal::Retained { grace } | Goal::Stopped { grace } | Goal::Refused { grace, .. } => {
-            *grace
-        }
+        Goal::Gone { grace }
+        | Goal::Retained { grace }
+        | Goal::Held { grace }
+        | Goal::Stopped { grace }
+        | Goal::Refused { grace, .. } => *grace,
         Goal::Alive(alive) => alive.grace,
     };
     SignedDuration::try_from(grace).unwrap_or(SignedDuration::MAX)

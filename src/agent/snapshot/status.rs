@@ -1,0 +1,165 @@
+//! What the agent says of a snapshot. Pure. The agent's field manager owns all of the status but `botId`, `botUid`, `version`,
+//! `source` and `nodeName`, which are the controller's.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+
+use crate::api::BotSnapshotStatus;
+use crate::api::bot_container::ImageStatus;
+use crate::api::bot_snapshot::SnapshotPhase;
+use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
+
+use super::super::version::Taken;
+
+/// What is to be said besides the facts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// One word for people.
+    pub phase: SnapshotPhase,
+    /// Reason of `Ready`.
+    pub reason: Reason,
+    /// Message of `Ready`.
+    pub message: String,
+    /// Whether what was committed is what was copied, once that is known.
+    pub verified: Option<bool>,
+}
+
+impl Verdict {
+    /// It is on its way, or failed.
+    pub fn new(phase: SnapshotPhase, reason: Reason, message: impl Into<String>) -> Self {
+        Self { phase, reason, message: message.into(), verified: None }
+    }
+
+    /// It is there, and was read back.
+    pub fn ready() -> Self {
+        let message = "the version is there; it was read back and is what was copied";
+        Self { verified: Some(true), ..Self::new(SnapshotPhase::Ready, Reason::SnapshotReady, message) }
+    }
+}
+
+/// The status to apply. `live` is the one on the object now: what was said of the version once stays said.
+pub fn report(
+    generation: Option<i64>,
+    runtime_name: &str,
+    verdict: &Verdict,
+    taken: Option<&Taken>,
+    live: Option<&BotSnapshotStatus>,
+    now: Timestamp,
+) -> BotSnapshotStatus {
+    let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
+    let ready = verdict.phase == SnapshotPhase::Ready;
+    let number = |number: Option<u64>| number.map(|number| i64::try_from(number).unwrap_or(i64::MAX));
+    let mut status = BotSnapshotStatus {
+        observed_generation: generation,
+        phase: Some(verdict.phase),
+        runtime_name: ready.then(|| runtime_name.to_owned()),
+        parent: taken.map(|taken| taken.parent.clone()),
+        snapshotter: taken.map(|taken| taken.snapshotter.clone()),
+        image: taken.map(|taken| ImageStatus { reference: taken.image.clone(), digest: Some(taken.digest.clone()) }),
+        taken: taken.map(|taken| taken.taken),
+        frozen_millis: taken.and_then(|taken| number(Some(taken.frozen_millis))),
+        size_bytes: taken.and_then(|taken| number(taken.size_bytes)),
+        files: taken.and_then(|taken| number(taken.files)),
+        changes: taken.and_then(|taken| taken.changes.clone()),
+        taken_at: taken.map(|taken| api_time(taken.taken_at)),
+        ready_at: ready.then(|| live.and_then(|live| live.ready_at.clone()).unwrap_or_else(|| api_time(now))),
+        ..BotSnapshotStatus::default()
+    };
+    let mut say = |type_, value, reason, message: &str| {
+        let new = condition(type_, value, reason, message, api_time(now));
+        let since = find(old, type_).filter(|old| old.status == new.status).map(|old| old.last_transition_time.clone());
+        status.conditions.push(Condition {
+            last_transition_time: since.unwrap_or(api_time(now)),
+            observed_generation: generation,
+            ..new
+        });
+    };
+    say(ConditionType::Ready, Some(ready), verdict.reason, &verdict.message);
+    match verdict.verified {
+        Some(true) => say(
+            ConditionType::Verified,
+            Some(true),
+            Reason::Verified,
+            "what was committed was read back and is what was copied",
+        ),
+        Some(false) => say(ConditionType::Verified, Some(false), verdict.reason, &verdict.message),
+        None => {}
+    }
+    match verdict.phase {
+        SnapshotPhase::Ready | SnapshotPhase::Deleting => {}
+        SnapshotPhase::Failed => say(ConditionType::Stalled, Some(true), verdict.reason, &verdict.message),
+        _ => say(ConditionType::Reconciling, Some(true), verdict.reason, &verdict.message),
+    }
+    status
+}
+
+/// Whether `live` already says what `wanted` does, as far as the agent's fields go.
+pub fn says(live: Option<&BotSnapshotStatus>, wanted: &BotSnapshotStatus) -> bool {
+    let Some(live) = live else { return false };
+    let (mut own, mut wanted) = (live.clone(), wanted.clone());
+    for status in [&mut own, &mut wanted] {
+        status.bot_id = None;
+        status.bot_uid = None;
+        status.version = None;
+        status.source = None;
+        status.node_name = None;
+        status.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
+    }
+    own == wanted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::bot_snapshot::Taken as TakenState;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn taken() -> Taken {
+        Taken {
+            taken_at: at(50),
+            frozen_millis: 41,
+            taken: TakenState::Live,
+            parent: "sha256:1".into(),
+            snapshotter: "overlayfs".into(),
+            image: "docker.io/library/node:22".into(),
+            digest: "sha256:2".into(),
+            size_bytes: Some(1 << 20),
+            files: Some(3),
+            changes: None,
+        }
+    }
+
+    #[test]
+    fn a_version_that_is_ready_was_verified_and_keeps_its_times() {
+        let first = report(Some(1), "berth-v-su", &Verdict::ready(), Some(&taken()), None, at(60));
+        assert_eq!((first.ready_at.clone(), first.taken_at.clone()), (Some(api_time(at(60))), Some(api_time(at(50)))));
+        assert_eq!((first.size_bytes, first.files, first.frozen_millis), (Some(1 << 20), Some(3), Some(41)));
+        assert_eq!(first.runtime_name.as_deref(), Some("berth-v-su"));
+        assert!(first.conditions.iter().all(|c| c.status == "True"), "{:?}", first.conditions);
+        let again = report(Some(1), "berth-v-su", &Verdict::ready(), Some(&taken()), Some(&first), at(99));
+        assert!(says(Some(&first), &again), "no difference, no write");
+        let given = BotSnapshotStatus { version: Some(4), bot_id: Some("web".into()), ..first };
+        assert!(says(Some(&given), &again), "what the controller says is none of ours");
+    }
+
+    #[test]
+    fn kstatus_reads_every_phase() {
+        for (phase, type_) in [
+            (SnapshotPhase::Pending, Some("Reconciling")),
+            (SnapshotPhase::Copying, Some("Reconciling")),
+            (SnapshotPhase::Committing, Some("Reconciling")),
+            (SnapshotPhase::Failed, Some("Stalled")),
+            (SnapshotPhase::Deleting, None),
+        ] {
+            let status = report(Some(2), "v", &Verdict::new(phase, Reason::Copying, "words"), None, None, at(1));
+            let ready = find(&status.conditions, ConditionType::Ready).unwrap();
+            assert_eq!((ready.status.as_str(), status.observed_generation), ("False", Some(2)));
+            let other = status.conditions.iter().find(|c| c.type_ != "Ready");
+            assert_eq!(other.map(|c| c.type_.as_str()), type_, "{phase:?}");
+            assert_eq!(status.runtime_name, None, "a name that nobody may use");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! What agent and copier say to each other: JSON, a line each.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::api::bot_snapshot::Changes;
+
+/// What a copier is to do. The first line that it reads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Job {
+    /// Copy the layer of a bot that may run to an empty layer.
+    Take {
+        /// The layer's own directory.
+        source: PathBuf,
+        /// That of the new layer.
+        dest: PathBuf,
+        /// Where copies are kept until they are put in place; on the file system of `dest`. It is made, and removed.
+        stage: PathBuf,
+        /// Where the manifest is written.
+        manifest: PathBuf,
+        /// The cgroup that freezes the bot: one directory, of the freezer's hierarchy on cgroup v1.
+        cgroup: Vec<PathBuf>,
+        /// The file that says that the bot is frozen, as long as it is.
+        debt: PathBuf,
+        /// Longest freeze.
+        max_freeze_millis: u64,
+        /// Manifest of the version before.
+        before: Option<PathBuf>,
+        /// The layers below, the top one first.
+        lower: Vec<PathBuf>,
+    },
+    /// Copy a layer that nobody changes to an empty layer.
+    Clone {
+        /// The layer's own directory.
+        source: PathBuf,
+        /// That of the new layer.
+        dest: PathBuf,
+        /// See `Take`.
+        stage: PathBuf,
+        /// What is copied must be what this says.
+        manifest: Option<PathBuf>,
+    },
+    /// Read a layer that nobody changes, and write its manifest.
+    Describe {
+        /// The layer's own directory.
+        source: PathBuf,
+        /// Where the manifest is written.
+        manifest: PathBuf,
+        /// Manifest of the version before.
+        before: Option<PathBuf>,
+        /// The layers below, the top one first.
+        lower: Vec<PathBuf>,
+    },
+    /// Read a layer back against its manifest: every fact, every byte, from the disk.
+    Verify {
+        /// The layer's own directory.
+        source: PathBuf,
+        /// What it must be.
+        manifest: PathBuf,
+    },
+}
+
+/// How the bot is held still while the rest is copied. What `Take` waits for after [`Said::Precopied`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Hold {
+    /// It runs: freeze it.
+    Freeze,
+    /// Nothing of it runs, and nothing will until it was taken: it is paused, or has no process.
+    Held,
+}
+
+/// What a copier says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+pub enum Said {
+    /// So much is copied ahead that the rest fits into a freeze: waits for a [`Hold`].
+    Precopied {
+        /// Rounds so far.
+        rounds: u32,
+        /// Files copied in all of them.
+        files: u64,
+        /// Bytes copied in all of them.
+        bytes: u64,
+    },
+    /// The rest did not fit into the longest freeze: the bot is thawed, another round is made, the next `Precopied` follows.
+    TooMuch {
+        /// What was copied of it.
+        bytes: u64,
+    },
+    /// One instant is held; the bot is thawed.
+    Taken {
+        /// Which.
+        at: Timestamp,
+        /// How long it was frozen: 0 where it was held by others.
+        frozen_millis: u64,
+    },
+    /// All is done.
+    Done(Summary),
+    /// It can't be done.
+    Failed(Failure),
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Summary {
+    /// Paths that are no directories.
+    pub files: u64,
+    /// Size on disk, hard links once. Bytes.
+    pub size_bytes: u64,
+    /// Against the version before, where that was asked.
+    pub changes: Option<Changes>,
+    /// Where it is not what its manifest says: the first few.
+    pub mismatches: Vec<String>,
+    /// How many of these there are.
+    pub mismatch_count: u64,
+}
+
+/// Why it can't be done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Failure {
+    /// In a word.
+    pub kind: FailureKind,
+    /// For people.
+    pub message: String,
+}
+
+/// Why it can't be done, in a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum FailureKind {
+    /// The bot changes faster than it can be copied.
+    TooManyChanges,
+    /// A disk refused.
+    Storage,
+    /// The bot could not be frozen or thawed.
+    Freezer,
+    /// A layer is not what its manifest says.
+    Mismatch,
+    /// The agent is gone.
+    Aborted,
+    /// Anything else.
+    Other,
+}

@@ -1,0 +1,334 @@
+//! BotSnapshots: taken of a bot in whatever state, numbered, read back, gone back to, kept and forked.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use berth::api::bot_container::{DeletionPolicy, Phase, RestoreFrom, RestorePolicy};
+use berth::api::bot_snapshot::{ChangeKind, Consistency, SnapshotPhase, SnapshotSource, Taken};
+use berth::api::condition::{ConditionType, find};
+use berth::api::{BotContainer, BotRecord, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
+use kube::ResourceExt as _;
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use serde_json::json;
+
+use crate::common::{SOON, bot, summary, wait_for};
+use crate::stage::{Stage, WAIT, life, message, path_in, pid, read_in, says, status, uid};
+
+impl Stage {
+    fn snapshots(&self) -> Api<BotSnapshot> {
+        self.ns.api()
+    }
+
+    /// Asks for a live snapshot.
+    async fn ask(&self, name: &str, of: &str) -> BotSnapshot {
+        self.ask_for(name, BotSnapshotSpec::of(of)).await
+    }
+
+    async fn ask_for(&self, name: &str, spec: BotSnapshotSpec) -> BotSnapshot {
+        self.snapshots().create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap()
+    }
+
+    /// Takes a snapshot, and waits until it is Ready.
+    async fn taken(&self, name: &str, of: &str) -> BotSnapshot {
+        self.ask(name, of).await;
+        self.snapshot(name, SnapshotPhase::Ready).await
+    }
+
+    /// Waits for a phase of a snapshot.
+    #[track_caller]
+    fn snapshot(&self, name: &str, phase: SnapshotPhase) -> impl Future<Output = BotSnapshot> {
+        let (api, name) = (self.snapshots(), name.to_owned());
+        wait_for(format!("snapshot {name}: {phase:?}"), SOON, move || {
+            let (api, name) = (api.clone(), name.clone());
+            async move {
+                match api.get_opt(&name).await {
+                    Ok(Some(s)) if s.status.as_ref().and_then(|s| s.phase) == Some(phase) => Ok(s),
+                    Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
+                    Ok(None) => Err("no such object".to_owned()),
+                    Err(e) => Err(e.to_string()),
+                }
+            }
+        })
+    }
+
+    async fn no_snapshot(&self, name: &str) {
+        let api = self.snapshots();
+        wait_for(format!("snapshot {name} gone"), SOON, || async {
+            match api.get_opt(name).await {
+                Ok(None) => Ok(()),
+                Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
+                Err(e) => Err(e.to_string()),
+            }
+        })
+        .await;
+    }
+
+    /// Where the files of a version are that the layer itself has.
+    fn files_of(&self, snapshot: &BotSnapshot) -> PathBuf {
+        let name = told(snapshot).runtime_name.clone().unwrap();
+        let key = format!("{name}.test");
+        let mounts = self.agent.ctr(["snapshots", "view", "--mounts", "--target", "/x", &key, &name]);
+        self.agent.ctr(["snapshots", "rm", &key]);
+        let lower = mounts.split("lowerdir=").nth(1).unwrap_or_else(|| panic!("no lowerdir: {mounts}"));
+        lower.split([':', ' ', ',']).next().unwrap().into()
+    }
+}
+
+#[track_caller]
+fn told(snapshot: &BotSnapshot) -> &BotSnapshotStatus {
+    snapshot.status.as_ref().unwrap_or_else(|| panic!("no status"))
+}
+
+#[track_caller]
+fn reason(snapshot: &BotSnapshot) -> (&str, &str, &str) {
+    let ready = find(&told(snapshot).conditions, ConditionType::Ready).unwrap_or_else(|| panic!("no Ready"));
+    (&ready.status, &ready.reason, &ready.message)
+}
+
+/// Writes a file into a running bot.
+fn write_in(bot: &BotContainer, path: &str, text: &str) {
+    let path = path_in(bot, path);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_bot_is_snapshotted_without_being_ended() {
+    let stage = Stage::set("snap-live").await;
+    let bot = stage.runs(bot("web")).await;
+    let began = life(pid(&bot));
+    write_in(&bot, "/data/a/one", "1");
+    write_in(&bot, "/etc/of-the-bot", "kept too");
+
+    let first = stage.taken("first", "web").await;
+    let s = told(&first);
+    assert_eq!((s.version, s.source, s.taken), (Some(1), Some(SnapshotSource::Manual), Some(Taken::Live)));
+    assert_eq!((s.bot_id.clone(), s.bot_uid.clone()), (Some(uid(&bot)), Some(uid(&bot))));
+    assert_eq!(s.node_name.as_deref(), Some(stage.agent.node()));
+    assert_eq!(s.image.as_ref().map(|i| &i.reference), status(&bot).image.as_ref().map(|i| &i.reference));
+    assert!(s.frozen_millis.is_some_and(|ms| (0..1000).contains(&ms)), "{s:?}");
+    assert!(s.size_bytes.is_some_and(|bytes| bytes > 0) && s.files.is_some_and(|n| n >= 2), "{s:?}");
+    assert!(s.taken_at <= s.ready_at && s.taken_at.is_some());
+    assert_eq!(find(&s.conditions, ConditionType::Verified).map(|c| c.status.as_str()), Some("True"));
+    assert_eq!(life(pid(&bot)), began, "the bot was ended");
+    let files = stage.files_of(&first);
+    assert_eq!(std::fs::read_to_string(files.join("data/a/one")).unwrap(), "1");
+    assert_eq!(std::fs::read_to_string(files.join("etc/of-the-bot")).unwrap(), "kept too");
+
+    // The second holds what changed, says so, and does not stand on the first.
+    write_in(&bot, "/data/a/one", "changed");
+    write_in(&bot, "/data/b", "new");
+    std::fs::remove_file(path_in(&bot, "/etc/of-the-bot")).unwrap();
+    let second = stage.taken("second", "web").await;
+    let (one, two) = (told(&first), told(&second));
+    assert_eq!((two.version, &two.parent), (Some(2), &one.parent), "the chain grows");
+    let changes = two.changes.clone().unwrap();
+    let said = |path: &str| changes.paths.iter().find(|c| c.path == path).map(|c| c.change);
+    assert_eq!(said("/data/a/one"), Some(ChangeKind::Modified), "{changes:?}");
+    assert_eq!(said("/data/b"), Some(ChangeKind::Added), "{changes:?}");
+    assert_eq!(said("/etc/of-the-bot"), Some(ChangeKind::Removed), "{changes:?}");
+    assert_eq!(std::fs::read_to_string(files.join("data/a/one")).unwrap(), "1", "a version never changes");
+    let bot = stage.ns.until("web", "lastVersion 2", SOON, |bot| status(bot).last_version == Some(2)).await;
+    assert_eq!(status(&bot).current_version, None);
+    assert_eq!(life(pid(&bot)), began);
+    let debts = PathBuf::from(stage.agent.env("BERTH_RUN_DIR")).join("frozen");
+    assert_eq!(std::fs::read_dir(debts).unwrap().count(), 0, "a freeze is noted that is over");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_are_given_once_and_never_again() {
+    let stage = Stage::set("snap-versions").await;
+    stage.runs(bot("web")).await;
+    for n in 0..10 {
+        stage.ask(&format!("s{n}"), "web").await;
+    }
+    let mut versions = Vec::new();
+    for n in 0..10 {
+        let ready = stage.snapshot(&format!("s{n}"), SnapshotPhase::Ready).await;
+        versions.push((told(&ready).version.unwrap(), ready.name_any()));
+    }
+    versions.sort_unstable();
+    assert!(versions.iter().map(|(version, _)| *version).eq(1..=10), "{versions:?}");
+    // Neither the newest nor any other number comes back.
+    for (_, name) in &versions[8..] {
+        stage.snapshots().delete(name, &DeleteParams::default()).await.unwrap();
+        stage.no_snapshot(name).await;
+    }
+    assert_eq!(told(&stage.taken("next", "web").await).version, Some(11));
+    let record: Api<BotRecord> = stage.ns.api();
+    let records = record.list(&ListParams::default()).await.unwrap().items;
+    assert_eq!(records.iter().map(|r| r.spec.last_version).collect::<Vec<_>>(), [11]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bot_is_snapshotted_in_whatever_state_it_is() {
+    let stage = Stage::set("snap-states").await;
+    stage.runs(bot("web")).await;
+    let paused = stage.edited("web", json!({"operatingMode": "Paused"}), Phase::Paused).await;
+    let frozen = stage.taken("paused", "web").await;
+    assert_eq!((told(&frozen).taken, told(&frozen).frozen_millis), (Some(Taken::Paused), Some(0)));
+    assert_eq!(life(pid(&paused)), life(pid(&stage.ns.ready("web", SOON).await)), "its memory was to be kept");
+    stage.edited("web", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
+    assert_eq!(told(&stage.taken("stopped", "web").await).taken, Some(Taken::Stopped));
+
+    // Stop, copy, start: another process, the same address, no restart counted.
+    let before = stage.edited("web", json!({"operatingMode": "Running"}), Phase::Running).await;
+    let spec = BotSnapshotSpec { consistency: Consistency::Stopped, ..BotSnapshotSpec::of("web") };
+    stage.ask_for("cold", spec).await;
+    let cold = stage.snapshot("cold", SnapshotPhase::Ready).await;
+    assert_eq!((told(&cold).taken, told(&cold).frozen_millis), (Some(Taken::Stopped), Some(0)));
+    let after = stage.ns.phase("web", Phase::Running, SOON).await;
+    assert_ne!(life(pid(&before)), life(pid(&after)));
+    assert_eq!(status(&before).network, status(&after).network);
+    assert_eq!(status(&after).restart_count, Some(0), "{}", summary(&after));
+
+    // In back-off there is a layer as well.
+    stage.apply(bot("crashes").sh("echo x >/data/x; exit 1")).await;
+    stage.ns.phase("crashes", Phase::BackOff, SOON).await;
+    assert_eq!(told(&stage.taken("crashed", "crashes").await).version, Some(1));
+
+    // What never gets a bot, or a bot with a layer, fails when its time is over, and says of what.
+    let short = |of: &str| BotSnapshotSpec { failure_deadline_seconds: 2, ..BotSnapshotSpec::of(of) };
+    stage.apply(bot("unborn").image("127.0.0.1:1/none:1")).await;
+    stage.ask_for("of-nobody", short("nobody")).await;
+    stage.ask_for("of-unborn", short("unborn")).await;
+    let failed = stage.snapshot("of-nobody", SnapshotPhase::Failed).await;
+    assert_eq!((reason(&failed).1, told(&failed).version), ("BotNotFound", None));
+    let failed = stage.snapshot("of-unborn", SnapshotPhase::Failed).await;
+    assert_eq!(reason(&failed).1, "DeadlineExceeded");
+    assert!(reason(&failed).2.contains("no layer"), "{:?}", reason(&failed));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rollback_brings_the_files_back_and_keeps_what_it_replaces() {
+    let stage = Stage::set("snap-rollback").await;
+    let web = stage.runs(bot("web").sh(WAIT)).await;
+    write_in(&web, "/data/state", "good");
+    stage.taken("good", "web").await;
+    write_in(&web, "/data/state", "bad");
+    write_in(&web, "/data/more", "bad as well");
+    let address = status(&web).network.clone();
+
+    let bot = stage.edited("web", json!({"rollback": {"id": "monday", "toVersion": 1}}), Phase::Running).await;
+    let bot = stage.ns.ready(&bot.name_any(), SOON).await;
+    assert_eq!(read_in(&bot, "/data/state").await, "good");
+    assert!(!path_in(&bot, "/data/more").exists());
+    let done = status(&bot).rollback.clone().unwrap();
+    assert_eq!((done.id.as_str(), done.version, done.replaced_by_version), ("monday", Some(1), Some(2)));
+    assert!(done.completed_at.is_some());
+    assert_eq!((status(&bot).current_version, &status(&bot).network), (Some(1), &address), "IP kept");
+    let kept = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let kept = kept.iter().find(|s| told(s).version == Some(2)).unwrap();
+    assert_eq!(told(kept).source, Some(SnapshotSource::Rollback));
+    let kept = stage.snapshot(&kept.name_any(), SnapshotPhase::Ready).await;
+    assert_eq!(std::fs::read_to_string(stage.files_of(&kept).join("data/more")).unwrap(), "bad as well");
+
+    // The same id is not done again, whatever else is edited; a new one repeats it, and forward is a rollback too.
+    write_in(&bot, "/data/state", "newer");
+    stage.edited("web", json!({"env": [{"name": "A", "value": "b"}]}), Phase::Running).await;
+    let bot = stage.ns.ready("web", SOON).await;
+    assert_eq!(read_in(&bot, "/data/state").await, "newer");
+    let forward = json!({"rollback": {"id": "tuesday", "toVersion": null, "snapshotName": kept.name_any(), "keepReplaced": false}});
+    stage.edit("web", forward).await;
+    let bot = stage.ns.ready("web", SOON).await;
+    assert_eq!(read_in(&bot, "/data/state").await, "bad");
+    assert_eq!((status(&bot).last_version, status(&bot).current_version), (Some(2), Some(2)), "{}", summary(&bot));
+
+    // A version that there is not leaves the bot as it is, and says what there is.
+    let running = life(pid(&bot));
+    stage.edit("web", json!({"rollback": {"id": "never", "toVersion": 7, "snapshotName": null}})).await;
+    let bot = stage.says("web", Phase::Running, "RollbackFailed").await;
+    assert!(message(&bot, ConditionType::Ready).contains("there is no version 7"), "{}", summary(&bot));
+    assert!(message(&bot, ConditionType::Ready).contains("1, 2"), "{}", summary(&bot));
+    assert_eq!(life(pid(&bot)), running);
+    stage.edit("web", json!({"rollback": null})).await;
+    stage.ns.ready("web", SOON).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_bot_leaves_is_kept_and_found_again() {
+    let stage = Stage::set("snap-retain").await;
+    let before = stage.warmed().await;
+    let retain = |name: &str| bot(name).id("the-bot").with(|spec| spec.deletion_policy = DeletionPolicy::Retain);
+    let web = stage.runs(retain("web")).await;
+    write_in(&web, "/data/state", "to be kept");
+    stage.taken("by-hand", "web").await;
+    write_in(&web, "/data/state", "to be kept at last");
+    stage.ns.delete("web", SOON).await;
+    let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let last = all.iter().find(|s| told(s).source == Some(SnapshotSource::Preserved)).expect("nothing was preserved");
+    assert_eq!((told(last).version, told(last).bot_id.as_deref()), (Some(2), Some("the-bot")));
+    let last = stage.snapshot(&last.name_any(), SnapshotPhase::Ready).await;
+    assert_eq!(find(&told(&last).conditions, ConditionType::Verified).map(|c| c.status.as_str()), Some("True"));
+
+    // Another bot of that botId goes on from it, before its first process runs; numbers go on counting.
+    let again = stage.runs(retain("again").sh(&format!("cp /data/state /data/seen; {WAIT}"))).await;
+    assert_eq!(read_in(&again, "/data/seen").await, "to be kept at last");
+    assert_eq!(says(&again, ConditionType::Restored), Some(("True", "Restored")));
+    assert_eq!(status(&again).restored_from.as_ref().map(|from| from.version), Some(2));
+    assert_eq!(status(&again).current_version, Some(2));
+    assert_eq!(told(&stage.taken("third", "again").await).version, Some(3));
+    stage.ns.delete("again", SOON).await;
+
+    // Unless it is told not to.
+    let fresh = stage.runs(retain("fresh").with(|spec| spec.restore_policy = RestorePolicy::Never)).await;
+    assert!(!path_in(&fresh, "/data/state").exists());
+    assert_eq!(status(&fresh).last_version, Some(4));
+    // Deleted under Delete, it takes all that there is of the botId along.
+    stage.edit("fresh", json!({"deletionPolicy": "Delete"})).await;
+    stage.ns.delete("fresh", SOON).await;
+    for snapshot in ["by-hand", "third", &last.name_any()] {
+        stage.no_snapshot(snapshot).await;
+    }
+    let records: Api<BotRecord> = stage.ns.api();
+    wait_for("the BotRecord gone", SOON, || async {
+        match records.get_opt("the-bot").await.unwrap() {
+            None => Ok(()),
+            Some(record) => Err(format!("{:?}", record.spec)),
+        }
+    })
+    .await;
+    stage.agent.nothing_left_since(&before, SOON).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fork_starts_from_another_bots_version_and_holds_its_bytes() {
+    let stage = Stage::set("snap-fork").await;
+    let before = stage.warmed().await;
+    let web = stage.runs(bot("web")).await;
+    write_in(&web, "/data/state", "of web");
+    let version = stage.taken("to-fork", "web").await;
+    let fork =
+        |name: &str| bot(name).with(|spec| spec.restore_from = Some(RestoreFrom { snapshot_name: "to-fork".into() }));
+    // One that names a version which is not there yet waits for it.
+    stage
+        .apply(bot("early").with(|spec| spec.restore_from = Some(RestoreFrom { snapshot_name: "later".into() })))
+        .await;
+    let early = stage.says("early", Phase::Pending, "RestoreFailed").await;
+    assert!(message(&early, ConditionType::Ready).contains("no BotSnapshot later"), "{}", summary(&early));
+    for name in ["fork-a", "fork-b"] {
+        let fork = stage.runs(fork(name)).await;
+        assert_eq!(read_in(&fork, "/data/state").await, "of web");
+        write_in(&fork, "/data/state", name);
+        let lineage = &status(&fork).lineage;
+        let below = lineage.iter().rev().nth(1).unwrap();
+        assert_eq!(Some(&below.name), told(&version).runtime_name.as_ref(), "it shares the version: {lineage:?}");
+        assert_eq!((below.version, status(&fork).last_version), (Some(1), None), "versions of its own");
+    }
+    assert_eq!(read_in(&web, "/data/state").await, "of web");
+    stage.taken("later", "web").await;
+    stage.ns.ready("early", SOON).await;
+
+    // The object goes at once; the bytes with the last fork that stands on them.
+    stage.snapshots().delete("to-fork", &DeleteParams::default()).await.unwrap();
+    stage.no_snapshot("to-fork").await;
+    let name = told(&version).runtime_name.clone().unwrap();
+    assert!(stage.agent.ctr(["snapshots", "ls"]).contains(&name));
+    let fork_a = stage.ns.bots().get("fork-a").await.unwrap();
+    assert_eq!(read_in(&fork_a, "/data/state").await, "fork-a");
+    for name in ["fork-a", "fork-b", "early", "web"] {
+        stage.ns.delete(name, SOON).await;
+    }
+    stage.agent.nothing_left_since(&before, SOON).await;
+    let _ = Duration::ZERO;
+}
