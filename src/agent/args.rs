@@ -197,9 +197,9 @@ impl AgentArgs {
         self.state_dir.join("snapshots")
     }
 
-    /// The cgroup of what copies layers, from the root of each hierarchy.
-    pub fn copier_cgroup(&self) -> String {
-        format!("/{}/copier", self.cgroup_parent.trim_matches('/'))
+    /// The cgroup of what has to outlive the agent, loggers and copiers, from the root of each hierarchy.
+    pub fn helpers_cgroup(&self) -> String {
+        format!("/{}/logger", self.cgroup_parent.trim_matches('/'))
     }
 
     /// This program's own file, for the processes that it starts.
@@ -265,7 +265,7 @@ impl AgentArgs {
             run_dir: self.run_dir.clone(),
             max_file_bytes: self.log_file_bytes,
             max_files: self.log_files,
-            cgroup: Some(format!("/{}/logger", self.cgroup_parent.trim_matches('/'))),
+            cgroup: Some(self.helpers_cgroup()),
             program: self.program()?,
         })
     }

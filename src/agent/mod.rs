@@ -230,7 +230,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     // What an agent before this one owes: a bot that it had frozen for a snapshot, and no copier left to thaw it.
     let debts = args.debts_dir();
     settle_debts(&debts, &metrics);
-    let copiers = Copiers::new(args.program()?, Some(args.copier_cgroup()));
+    let copiers = Copiers::new(args.program()?, Some(args.helpers_cgroup()));
     let versions = Versions::new(containerd.clone(), copiers, args.snapshots_dir());
     let (bots, mut writer) = store::<BotContainer>();
     let (snapshots, mut snapshot_writer) = store::<BotSnapshot>();
@@ -312,11 +312,12 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         network,
         output,
         shims,
+        shared.actor.versions.clone(),
         vec![args.snapshotter.clone()],
         args.orphan_grace(),
     ));
     let mut sweeping = tokio::task::JoinSet::new();
-    let mut listed = false;
+    let (mut listed, mut snapshots_listed) = (false, false);
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
     let mut calm_at = Instant::now() + STIRRED;
     let mut cidr_seen = cidr;
@@ -359,9 +360,14 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                         Event::Apply(snapshot) | Event::Delete(snapshot) => {
                             takers.wake(&shared, snapshot, "object changed");
                             wake_bot_of(&loops, snapshot);
+                            if let Event::Delete(_) = &event {
+                                sweep_at = sweep_at.min(Instant::now() + Duration::from_secs(2));
+                                calm_at = Instant::now() + STIRRED;
+                            }
                         }
                         Event::Init | Event::InitApply(_) => {}
                         Event::InitDone => {
+                            snapshots_listed = true;
                             for snapshot in snapshots.state() {
                                 takers.wake(&shared, &snapshot, "list");
                             }
@@ -405,11 +411,11 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                 break Err(anyhow::Error::new(error).context("a snapshot's loop ended by a bug"));
             },
             // Beside the loops, so that no bot waits for it; a sweep only looks, and its orphans get loops of their own.
-            () = tokio::time::sleep_until(sweep_at), if listed && sweeper.is_some() => {
+            () = tokio::time::sleep_until(sweep_at), if listed && snapshots_listed && sweeper.is_some() => {
                 if let Some(mut idle) = sweeper.take() {
-                    let tended = loops.uids();
+                    let (tended, snapshots) = (loops.uids(), takers.uids());
                     sweeping.spawn(async move {
-                        let found = idle.sweep(&tended).await;
+                        let found = idle.sweep(&tended, &snapshots).await;
                         (idle, found)
                     });
                 }

@@ -33,7 +33,9 @@ use super::labels;
 use super::plan::{Next, State, plan};
 use super::run::Shared;
 use super::shim::{LEFTOVERS, Patience, Shims};
+use super::snapshot::sweep::VersionSweeper;
 use super::step::Step;
+use super::version::Versions;
 
 /// How often is looked.
 pub const EVERY: Duration = Duration::from_secs(180);
@@ -94,6 +96,7 @@ pub struct Sweeper {
     output: Output,
     shims: Shims,
     snapshotters: Vec<String>,
+    versions: VersionSweeper,
     grace: Duration,
     since: BTreeMap<BotUid, Instant>,
 }
@@ -106,14 +109,26 @@ impl Sweeper {
         network: Network,
         output: Output,
         shims: Shims,
+        versions: Versions,
         snapshotters: Vec<String>,
         grace: Duration,
     ) -> Self {
-        Self { client, containerd, network, output, shims, snapshotters, grace, since: BTreeMap::new() }
+        let versions = VersionSweeper::new(client.clone(), versions, snapshotters.clone(), grace);
+        Self { client, containerd, network, output, shims, snapshotters, versions, grace, since: BTreeMap::new() }
     }
 
-    /// One look; `tended` are the uids that have a loop. Removes nothing.
-    pub async fn sweep(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
+    /// One look; `tended` are the uids of bots and of snapshots that have a loop. Removes nothing but versions.
+    pub async fn sweep(
+        &mut self,
+        tended: &BTreeSet<BotUid>,
+        snapshots: &BTreeSet<String>,
+    ) -> Result<Found, SweepFailed> {
+        let versions = self.versions.sweep(snapshots, EVERY).await?;
+        let found = self.bots(tended).await?;
+        Ok(Found { wait: found.wait.min(versions), ..found })
+    }
+
+    async fn bots(&mut self, tended: &BTreeSet<BotUid>) -> Result<Found, SweepFailed> {
         let mut strangers = self.local().await?;
         strangers.retain(|uid, _| !tended.contains(uid));
         let mut found = Found { orphans: Vec::new(), wait: EVERY };

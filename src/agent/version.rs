@@ -275,6 +275,12 @@ impl Versions {
         }
     }
 
+    /// The versions, by uid, of which there is something beside containerd.
+    pub fn folders(&self) -> io::Result<Vec<String>> {
+        let names = fs::read_dir(&self.dir)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+        names.collect()
+    }
+
     /// Whether there is something of a version beside containerd.
     pub fn has_folder(&self, uid: &str) -> bool {
         self.folder(uid).exists()

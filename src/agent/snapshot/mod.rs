@@ -5,6 +5,7 @@
 //!   plan.rs     Wanted + Found -> Take | Describe | Verify | Clear | Remove | Wait | Fail | Settled    (pure)
 //!   mod.rs      looks, does the step with the node's versions (../version.rs) and copiers (src/layer)
 //!   status.rs   what is said of it                                                                     (pure)
+//!   sweep.rs    versions that nobody owns
 //! ```
 //!
 //! A take, from its bot's side: nothing, then a freeze of milliseconds, then nothing. Only from before the freeze until the thaw is
@@ -13,8 +14,9 @@
 
 pub mod plan;
 pub mod status;
+pub mod sweep;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,6 +113,11 @@ impl Takers {
         for (_, trigger) in self.triggers.values().filter(|(of, _)| of == bot) {
             trigger.wake(reason);
         }
+    }
+
+    /// The uids that have a loop.
+    pub fn uids(&self) -> BTreeSet<String> {
+        self.triggers.keys().cloned().collect()
     }
 
     /// Wakes all loops.

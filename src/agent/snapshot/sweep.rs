@@ -1,0 +1,135 @@
+//! Finds versions that nobody owns, by the rule of [`super::super::sweep`]: never because they were not listed once.
+//!
+//! ```text
+//! released (its object is gone, forks stood on it), and nothing stands on it any more    -> removed
+//! no loop, not on a complete list that is younger, not found by its name; a grace time on -> removed as a deleted one is
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::time::Duration;
+
+use kube::api::ListParams;
+use kube::{Api, Client};
+use tokio::time::Instant;
+
+use crate::api::BotSnapshot;
+use crate::api::condition::chain;
+
+use super::super::labels;
+use super::super::sweep::SweepFailed;
+use super::super::version::Versions;
+
+/// Looks for versions that nobody owns.
+pub struct VersionSweeper {
+    client: Client,
+    versions: Versions,
+    snapshotters: Vec<String>,
+    grace: Duration,
+    since: BTreeMap<String, Instant>,
+}
+
+/// What is left of a version.
+#[derive(Clone, Debug, Default)]
+struct Stray {
+    namespace: String,
+    name: String,
+    /// Snapshotter and key of what containerd has of it.
+    layers: Vec<(String, String)>,
+}
+
+impl VersionSweeper {
+    /// `grace` is how long a version without an object is left alone after it was first found.
+    pub fn new(client: Client, versions: Versions, snapshotters: Vec<String>, grace: Duration) -> Self {
+        Self { client, versions, snapshotters, grace, since: BTreeMap::new() }
+    }
+
+    /// One look; `tended` are the BotSnapshots that have a loop, by uid. Says when the next look is due.
+    pub async fn sweep(&mut self, tended: &BTreeSet<String>, every: Duration) -> Result<Duration, SweepFailed> {
+        let mut strays: BTreeMap<String, Stray> = BTreeMap::new();
+        for snapshotter in &self.snapshotters {
+            let all = self.versions.list(snapshotter, String::new()).await?;
+            let stood_on: HashSet<&str> = all.iter().map(|info| info.parent.as_str()).collect();
+            for info in &all {
+                let Some(uid) = info.labels.get(labels::SNAPSHOT_UID) else { continue };
+                if info.name != labels::version(uid) && info.name != labels::copy(uid) {
+                    continue;
+                }
+                if info.labels.contains_key(labels::RELEASED) {
+                    if !stood_on.contains(info.name.as_str()) {
+                        tracing::info!(name = info.name, "the last fork that stood on this version is gone");
+                        self.versions.release(snapshotter, &info.name).await?;
+                    }
+                } else if !tended.contains(uid) {
+                    let label = |key| info.labels.get(key).cloned().unwrap_or_default();
+                    let stray = strays.entry(uid.clone()).or_default();
+                    (stray.namespace, stray.name) = (label(labels::NAMESPACE), label(labels::SNAPSHOT));
+                    stray.layers.push((snapshotter.clone(), info.name.clone()));
+                }
+            }
+        }
+        for uid in self.versions.folders().map_err(SweepFailed::Tasks)? {
+            if !tended.contains(&uid) {
+                strays.entry(uid).or_default();
+            }
+        }
+        if strays.is_empty() {
+            self.since.clear();
+            return Ok(every);
+        }
+        // Taken after the strays were found: what is on this list was there when they were.
+        let known = self.known().await?;
+        strays.retain(|uid, _| !known.contains(uid));
+        self.since.retain(|uid, _| strays.contains_key(uid));
+        let mut wait = every;
+        let now = Instant::now();
+        for (uid, stray) in strays {
+            let age = now.duration_since(*self.since.entry(uid.clone()).or_insert(now));
+            if age < self.grace {
+                wait = wait.min(self.grace - age + Duration::from_millis(100));
+            } else if !self.lives(&uid, &stray).await? {
+                tracing::warn!(
+                    uid,
+                    namespace = stray.namespace,
+                    name = stray.name,
+                    "removing a version that no object owns"
+                );
+                if let Err(error) = self.remove(&uid, &stray).await {
+                    tracing::warn!(uid, error = %chain(&error), "it is not removed yet; the next sweep goes on");
+                }
+            }
+        }
+        Ok(wait)
+    }
+
+    async fn remove(&self, uid: &str, stray: &Stray) -> Result<(), super::super::version::VersionError> {
+        for (snapshotter, key) in &stray.layers {
+            self.versions.release(snapshotter, key).await?;
+        }
+        self.versions.forget(uid)
+    }
+
+    /// Asks for the object itself: a list may be cut short and not say so, and what is removed is gone.
+    async fn lives(&self, uid: &str, stray: &Stray) -> Result<bool, SweepFailed> {
+        if stray.namespace.is_empty() || stray.name.is_empty() {
+            return Ok(false);
+        }
+        let api: Api<BotSnapshot> = Api::namespaced(self.client.clone(), &stray.namespace);
+        let live = api.get_metadata_opt(&stray.name).await.map_err(|error| SweepFailed::Api(Box::new(error)))?;
+        Ok(live.is_some_and(|live| live.metadata.uid.as_deref() == Some(uid)))
+    }
+
+    /// The uids of all BotSnapshots: a complete list, from etcd rather than from a cache that may be behind.
+    async fn known(&self) -> Result<BTreeSet<String>, SweepFailed> {
+        let api: Api<BotSnapshot> = Api::all(self.client.clone());
+        let mut known = BTreeSet::new();
+        let mut params = ListParams::default().limit(500);
+        loop {
+            let page = api.list_metadata(&params).await.map_err(|error| SweepFailed::Api(Box::new(error)))?;
+            known.extend(page.items.into_iter().filter_map(|snapshot| snapshot.metadata.uid));
+            match page.metadata.continue_.filter(|token| !token.is_empty()) {
+                Some(token) => params = params.continue_token(&token),
+                None => return Ok(known),
+            }
+        }
+    }
+}
