@@ -344,6 +344,7 @@ async fn give(
         let mut all = snapshot.finalizers().to_vec();
         all.push(SNAPSHOT_FINALIZER.to_owned());
         snapshot = finalizers(context, &snapshot, all).await?;
+        keep(context, snapshot.clone());
     }
     let uid = snapshot.uid().unwrap_or_default();
     let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &name.namespace);
@@ -454,15 +455,13 @@ pub async fn delete(context: &Context, snapshot: &BotSnapshot) -> Result<(), Err
     }
 }
 
+/// The answer is kept by whoever adds one only: after the last is removed the object is gone, and the watch may say so first.
 async fn finalizers(context: &Context, snapshot: &BotSnapshot, all: Vec<String>) -> Result<BotSnapshot, Error> {
     let version = snapshot.resource_version();
     let body = json!({"metadata": {"uid": snapshot.uid(), "resourceVersion": version, "finalizers": all}});
     let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &snapshot.namespace().unwrap_or_default());
     let (params, patch) = (super::merge_params(), Patch::Merge(&body));
-    let written =
-        context.write("finalizer", &describe(snapshot), api.patch(&snapshot.name_any(), &params, &patch)).await?;
-    keep(context, written.clone());
-    Ok(written)
+    context.write("finalizer", &describe(snapshot), api.patch(&snapshot.name_any(), &params, &patch)).await
 }
 
 /// Says what it waits for or why it failed, if it does not say so already; whether it was written.

@@ -177,6 +177,9 @@ async fn a_bot_is_snapshotted_in_whatever_state_it_is() {
     stage.ask_for("cold", spec).await;
     let cold = stage.snapshot("cold", SnapshotPhase::Ready).await;
     assert_eq!((told(&cold).taken, told(&cold).frozen_millis), (Some(Taken::Stopped), Some(0)));
+    // So quick that its status never said that it was stopped.
+    let another = |bot: &BotContainer| status(bot).task.is_some() && status(bot).task != status(&before).task;
+    stage.ns.until("web", "another process", SOON, another).await;
     let after = stage.ns.ready("web", SOON).await;
     assert_ne!(began, life(pid(&after)));
     assert_eq!(status(&before).network, status(&after).network);
