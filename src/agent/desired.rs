@@ -246,11 +246,10 @@ impl Versions<'_> {
     fn automatic(&self, name: &str, uid: &BotUid, source: SnapshotSource, cause: &str) -> Option<Version> {
         let wanted = automatic_name(name, uid.as_str(), source, cause);
         let is_it = |snapshot: &BotSnapshot| {
-            snapshot.status.as_ref().is_some_and(|s| {
-                s.source == Some(source)
-                    && s.bot_uid.as_deref() == Some(uid.as_str())
-                    && s.phase != Some(SnapshotPhase::Failed)
-            })
+            snapshot
+                .status
+                .as_ref()
+                .is_some_and(|s| s.source == Some(source) && s.bot_uid.as_deref() == Some(uid.as_str()))
         };
         self.all().find(|(snapshot, version)| version.name == wanted && is_it(snapshot)).map(|(_, version)| version)
     }

@@ -61,6 +61,7 @@ pub mod version;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -96,7 +97,7 @@ use metrics::Metrics;
 use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
-use run::{Bot, Loops, Nudge, Shared};
+use run::{Bot, Listed, Loops, Nudge, Shared};
 use shim::Shims;
 use snapshot::{Snapshots, Takers};
 use sweep::Sweeper;
@@ -262,6 +263,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             copies: Semaphore::new(snapshot::AT_ONCE),
             debts: debts.clone(),
         },
+        listed: Listed::default(),
         gates: Arc::default(),
         cgroups,
         nudges,
@@ -317,7 +319,6 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         args.orphan_grace(),
     ));
     let mut sweeping = tokio::task::JoinSet::new();
-    let (mut listed, mut snapshots_listed) = (false, false);
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
     let mut calm_at = Instant::now() + STIRRED;
     let mut cidr_seen = cidr;
@@ -337,12 +338,13 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                         }
                         Event::Init | Event::InitApply(_) => {}
                         Event::InitDone => {
-                            listed = true;
+                            shared.listed.bots.store(true, Ordering::Relaxed);
                             health.set_ready(*ready.borrow());
                             for bot in bots.state() {
                                 wake(&mut loops, &shared, &bot, "list");
                             }
                             loops.wake_all("list");
+                            takers.wake_all("list of bots");
                         }
                     }
                     metrics.bots.set(i64::try_from(loops.len()).unwrap_or(i64::MAX));
@@ -367,7 +369,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                         }
                         Event::Init | Event::InitApply(_) => {}
                         Event::InitDone => {
-                            snapshots_listed = true;
+                            shared.listed.snapshots.store(true, Ordering::Relaxed);
                             for snapshot in snapshots.state() {
                                 takers.wake(&shared, &snapshot, "list");
                             }
@@ -403,7 +405,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                 }
             },
             Ok(()) = cidr_seen.changed() => loops.wake_all("node CIDR"),
-            Ok(()) = ready.changed() => health.set_ready(listed && *ready.borrow()),
+            Ok(()) = ready.changed() => {
+                health.set_ready(shared.listed.bots.load(Ordering::Relaxed) && *ready.borrow());
+            }
             ended = loops.reap() => if let Err(error) = ended {
                 break Err(anyhow::Error::new(error).context("a bot's loop ended by a bug"));
             },
@@ -411,7 +415,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
                 break Err(anyhow::Error::new(error).context("a snapshot's loop ended by a bug"));
             },
             // Beside the loops, so that no bot waits for it; a sweep only looks, and its orphans get loops of their own.
-            () = tokio::time::sleep_until(sweep_at), if listed && snapshots_listed && sweeper.is_some() => {
+            () = tokio::time::sleep_until(sweep_at), if shared.listed.both() && sweeper.is_some() => {
                 if let Some(mut idle) = sweeper.take() {
                     let (tended, snapshots) = (loops.uids(), takers.uids());
                     sweeping.spawn(async move {

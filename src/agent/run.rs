@@ -6,6 +6,7 @@
 //! The clock is read here and nowhere else.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::api::BotContainer;
+use crate::api::bot_container::DeletionPolicy;
 use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
 use crate::network::Cidr;
@@ -81,6 +83,8 @@ pub struct Shared {
     pub bots: Store<BotContainer>,
     /// The snapshots of this node.
     pub snapshots: Snapshots,
+    /// Whether all bots and snapshots of this node were seen.
+    pub listed: Listed,
     /// Who may touch a bot's process now.
     pub gates: Arc<Gates>,
     /// Where bots' cgroups are.
@@ -106,6 +110,22 @@ impl Shared {
     pub async fn nudge(&self, whom: Nudge) {
         // Nobody listens any more only where the agent ends.
         let _ = self.nudges.send(whom).await;
+    }
+}
+
+/// Whether the first lists of the API server are complete: what is not on an incomplete one is not gone (FAULTS.md, rule 1).
+#[derive(Debug, Default)]
+pub struct Listed {
+    /// The bots.
+    pub bots: AtomicBool,
+    /// The snapshots.
+    pub snapshots: AtomicBool,
+}
+
+impl Listed {
+    /// Whether both are.
+    pub fn both(&self) -> bool {
+        self.bots.load(Ordering::Relaxed) && self.snapshots.load(Ordering::Relaxed)
     }
 }
 
@@ -341,6 +361,11 @@ impl BotLoop {
                 self.shared.gates.forget(&self.bot.uid);
                 return Pass::Over;
             };
+            // Which versions there are decides about these; everybody is woken once all are seen.
+            let waits = bot.spec.rollback.is_some() || bot.spec.deletion_policy == DeletionPolicy::Retain;
+            if waits && !self.shared.listed.snapshots.load(Ordering::Relaxed) {
+                return Pass::Wait(None);
+            }
             let desired = match self.desired(&bot) {
                 Ok(desired) => desired,
                 Err(error) => {

@@ -167,6 +167,10 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
         .saturating_add(std::time::Duration::from_secs(snapshot.spec.failure_deadline_seconds.max(0).unsigned_abs()));
     let until = until.unwrap_or(Timestamp::MAX);
     let name = &snapshot.spec.bot_container_name;
+    // What the controller made for an agent that waits for it has no deadline: the bot's last version must not be given up.
+    let awaited =
+        bot.is_some_and(|bot| matches!(source(snapshot, bot), SnapshotSource::Preserved | SnapshotSource::Rollback));
+    let until = if awaited { Timestamp::MAX } else { until };
     let wait = |reason, message: String| {
         if now < until {
             Plan::Wait { reason, message, until }
@@ -389,11 +393,10 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
     let namespace = bot.namespace().unwrap_or_default();
     let (source, words) = (cause.source(), cause.words());
     let name = automatic_name(&bot.name_any(), &bot.uid().unwrap_or_default(), source, &words);
-    let known = context.world().snapshot(&Name { namespace: namespace.clone(), name: name.clone() });
-    if let Some(known) = known {
-        // One that failed holds nothing, and is in the way of the next.
-        let failed = known.status.as_ref().is_some_and(|status| status.phase == Some(SnapshotPhase::Failed));
-        return if failed { delete(context, &known).await } else { Ok(()) };
+    // Also one that was given up: its agent takes it up again when it is asked for again. It is never made anew in its place, since
+    // what is committed under its name would go with it.
+    if context.world().has_snapshot(&Name { namespace: namespace.clone(), name: name.clone() }) {
+        return Ok(());
     }
     let spec = BotSnapshotSpec {
         display_name: Some(match cause {

@@ -483,9 +483,9 @@ impl World {
         self.asked.get(bot).into_iter().flatten().map(|name| Key::Snapshot(at(name))).collect()
     }
 
-    /// A snapshot as last seen.
-    pub fn snapshot(&self, name: &Name) -> Option<Arc<BotSnapshot>> {
-        self.snapshots.get(name).cloned()
+    /// Whether a snapshot of that name was seen.
+    pub fn has_snapshot(&self, name: &Name) -> bool {
+        self.snapshots.contains_key(name)
     }
 
     /// The highest version that a bot was seen to have, by its snapshots and its own status; 0 without any.

@@ -221,6 +221,10 @@ impl Taker {
             // An object that is not seen any more was let go by the controller, after we said that nothing is left.
             let Some(snapshot) = self.current() else { return Pass::Over };
             let Some(wanted) = Wanted::of(&snapshot) else { return Pass::Wait(None) };
+            // A bot that is not seen yet is not gone. Everybody is woken once all are seen.
+            if !self.shared.listed.both() {
+                return Pass::Wait(None);
+            }
             let (found, observed) = match self.look(&wanted).await {
                 Ok(found) => found,
                 Err(error) => {

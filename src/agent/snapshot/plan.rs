@@ -166,6 +166,9 @@ pub fn plan(wanted: &Wanted, found: &Found, error: Option<&str>, now: Timestamp)
                 message: "the version is gone from containerd on its node: somebody removed it".to_owned(),
             };
         }
+        // What it waited for may be asked for again, and what it was to be may have come to be all the same: a layer that was
+        // committed in place is nowhere else.
+        SnapshotPhase::Failed if wanted.in_place && (found.committed || found.bot == Bot::LetsGo) => {}
         SnapshotPhase::Failed if found.copy => return Next::Do(Step::Clear),
         SnapshotPhase::Ready | SnapshotPhase::Failed => return Next::Settled,
         _ => {}
@@ -286,6 +289,16 @@ mod tests {
             plan(&kept, &Found::default(), None, at(0)),
             Next::Fail { reason: Reason::SnapshotFailed, .. }
         ));
+    }
+
+    #[test]
+    fn a_layer_that_was_committed_in_place_is_a_version_though_it_was_given_up() {
+        let failed = Wanted { in_place: true, phase: SnapshotPhase::Failed, ..wanted() };
+        let committed = Found { committed: true, ..Found::default() };
+        assert_eq!(plan(&failed, &committed, None, at(0)), Next::Do(Step::Describe));
+        let again = Found { bot: Bot::LetsGo, ..Found::default() };
+        assert!(matches!(plan(&failed, &again, None, at(0)), Next::Wait { .. }));
+        assert_eq!(plan(&failed, &Found::default(), None, at(0)), Next::Settled);
     }
 
     #[test]
