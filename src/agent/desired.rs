@@ -38,8 +38,6 @@ pub struct Desired {
     pub restore: Option<RestoredFrom>,
     /// The version that a bot which is deleted under `Retain` becomes, once the controller has given it.
     pub preserve: Option<Version>,
-    /// Whether snapshots are asked for by a schedule.
-    pub scheduled: bool,
     /// What the object is to be.
     pub goal: Goal,
 }
@@ -214,9 +212,8 @@ pub fn desired(
     let restore = bot.status.as_ref().and_then(|status| status.restored_from.clone());
     let preserved = matches!(goal, Goal::Retained { .. });
     let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").filter(|_| preserved);
-    let scheduled = spec.snapshot_policy.as_ref().is_some_and(|policy| policy.schedule.is_some() && !policy.suspend);
     let id = uid.container_id();
-    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, restore, preserve, scheduled, goal })
+    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, restore, preserve, goal })
 }
 
 /// The versions of one bot on this node.

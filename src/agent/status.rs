@@ -74,10 +74,6 @@ pub fn report(
     {
         verdict = Verdict::stalled(verdict.phase, Reason::RollbackFailed, why);
     }
-    if verdict.ready == Some(true) && desired.scheduled {
-        // Nobody may rely on backups that are not made.
-        verdict.message.push_str("; spec.snapshotPolicy.schedule has no effect: this Berth takes no snapshots yet");
-    }
     let network = match &observed.network {
         Attached::Ready { ips } if !ips.is_empty() => Some(NetworkStatus {
             ip: ips.first().map(ToString::to_string),

@@ -265,7 +265,6 @@ impl Orphan {
             rollback: None,
             restore: None,
             preserve: None,
-            scheduled: false,
             goal: Goal::Gone { grace: GRACE },
         };
         let deadline = Instant::now() + GRACE * 3 + LEFTOVERS * 3;

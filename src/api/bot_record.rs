@@ -38,6 +38,9 @@ pub struct BotRecordSpec {
     /// The BotSnapshot that was given that version. The next one is given when this one says so itself, or is gone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_given: Option<Given>,
+    /// The last time of `spec.snapshotPolicy.schedule` that was seen to, or since when the schedule counts. RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_scheduled: Option<String>,
     /// The last `spec.rollback.id` that counts as done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_rollback_id: Option<String>,

@@ -259,6 +259,7 @@ pub const BOUNDS: &[Bound] = &[
     bound(Record, "spec.lastGiven", Reference),
     bound(Record, "spec.lastGiven.name", NAME),
     bound(Record, "spec.lastGiven.uid", WORD),
+    bound(Record, "spec.lastScheduled", WORD),
     bound(Record, "spec.lastRollbackId", NAME),
     // BotNode.
     bound(Node, "spec.botCIDR", LABEL),

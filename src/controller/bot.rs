@@ -263,7 +263,10 @@ async fn apply(
             if let Some(cause) = Cause::awaited(&bot) {
                 snapshot::ensure(context, &bot, &cause).await?;
             }
-            Ok(Next::Resync)
+            match record {
+                Some(record) => snapshot::keep_policy(context, name, &bot, &record).await,
+                None => Ok(Next::Resync),
+            }
         }
         Plan::LetGo { release, lost } => {
             if let (Some(_), Some(node)) = (&lost, bound_to(&bot)) {

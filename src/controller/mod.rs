@@ -13,6 +13,7 @@
 //!                 │     └── status.rs  what is applied; no difference, no write │ a deadline and a precondition
 //!                 ├── record.rs  who holds a botId, where its layer is ─────────┤
 //!                 ├── snapshot.rs  numbers, nodes and ends of versions ─────────┤
+//!                 │     └── schedule.rs, retention.rs   when one is due, which go
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
 //!            event.rs, metrics.rs, error.rs   what is told;   quantity.rs   500m, 2Gi
 //! ```
@@ -31,6 +32,8 @@ mod place;
 mod quantity;
 mod queue;
 mod record;
+mod retention;
+mod schedule;
 mod snapshot;
 mod status;
 mod watch;

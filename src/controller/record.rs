@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PostParams, Preconditions};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::bot_container::DeletionPolicy;
 use crate::api::bot_record::{Given, Holder};
@@ -76,6 +76,7 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
                 node_name: Some(node.to_owned()),
                 last_version: context.world().highest_version(&namespace, &id),
                 last_given: None,
+                last_scheduled: None,
                 last_rollback_id: done,
             };
             let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
@@ -131,15 +132,24 @@ async fn ensure_gone(context: &Context, namespace: &str, holder: &Holder) -> Res
 
 /// Notes that a version was given to a snapshot.
 pub async fn count(context: &Context, record: &BotRecord, version: i64, given: &Given) -> Result<(), Error> {
+    note(context, record, "counting a version", json!({"lastVersion": version, "lastGiven": given})).await
+}
+
+/// Notes the last time of the schedule that was seen to.
+pub async fn scheduled(context: &Context, record: &BotRecord, at: &str) -> Result<(), Error> {
+    note(context, record, "noting the schedule", json!({"lastScheduled": at})).await
+}
+
+async fn note(context: &Context, record: &BotRecord, step: &'static str, spec: Value) -> Result<(), Error> {
     let (namespace, id) = (record.namespace().unwrap_or_default(), record.name_any());
     let api: Api<BotRecord> = Api::namespaced(context.client.clone(), &namespace);
     let body = json!({
         "metadata": {"uid": record.uid(), "resourceVersion": record.resource_version()},
-        "spec": {"lastVersion": version, "lastGiven": given},
+        "spec": spec,
     });
     let object = format!("BotRecord {namespace}/{id}");
     let (params, patch) = (super::merge_params(), Patch::Merge(&body));
-    match context.write("counting a version", &object, api.patch(&id, &params, &patch)).await {
+    match context.write(step, &object, api.patch(&id, &params, &patch)).await {
         Ok(written) => {
             let wake = context.world().saw_record(written);
             context.queue.add_all(wake, "own write");
@@ -147,7 +157,7 @@ pub async fn count(context: &Context, record: &BotRecord, version: i64, given: &
         }
         Err(error) => {
             // It may have been done and its answer lost; the next look works from what is there.
-            if let Ok(Some(live)) = context.read("counting a version", &object, api.get_opt(&id)).await {
+            if let Ok(Some(live)) = context.read(step, &object, api.get_opt(&id)).await {
                 let wake = context.world().saw_record(live);
                 context.queue.add_all(wake, "live record");
             }

@@ -33,6 +33,7 @@ use super::error::Error;
 use super::event::Note;
 use super::node::NodeState;
 use super::record::{Hold, bot_id};
+use super::schedule::Schedule;
 use super::{Context, Name, Next};
 
 /// Annotation of a BotSnapshot that the controller made: what of, in words that tell it from others of its source.
@@ -425,6 +426,52 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
         Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// What `spec.snapshotPolicy` asks for: makes the snapshot that is due, and removes those that are surplus.
+pub async fn keep_policy(
+    context: &Context,
+    name: &Name,
+    bot: &BotContainer,
+    record: &BotRecord,
+) -> Result<Next, Error> {
+    let Some(policy) = bot.spec.snapshot_policy.as_ref().filter(|_| bot.metadata.deletion_timestamp.is_none()) else {
+        return Ok(Next::Resync);
+    };
+    if let Some(keep_last) = policy.keep_last {
+        let surplus = context.world().surplus(&name.namespace, bot, usize::try_from(keep_last).unwrap_or(1));
+        for snapshot in surplus {
+            delete(context, &snapshot).await?;
+        }
+    }
+    let Some(text) = policy.schedule.as_deref().filter(|_| !policy.suspend) else { return Ok(Next::Resync) };
+    let schedule = match Schedule::parse(text, policy.time_zone.as_deref()) {
+        Ok(schedule) => schedule,
+        Err(bad) => {
+            // The API server let it through: a time zone that it does not know either, or 31 February.
+            let note = format!("spec.snapshotPolicy: {bad}");
+            let once = note.clone();
+            context.events.send(Note::warning(bot.object_ref(&()), Reason::InvalidSpec, "Schedule", note, once));
+            return Ok(Next::Resync);
+        }
+    };
+    let now = Timestamp::now();
+    let last = record.spec.last_scheduled.as_deref().and_then(|text| text.parse::<Timestamp>().ok());
+    let Some(last) = last else {
+        // It counts from here on: what would have been due before there was a schedule was not missed.
+        super::record::scheduled(context, record, &now.to_string()).await?;
+        return Ok(Next::Resync);
+    };
+    if let Some(due) = schedule.missed(last, now) {
+        ensure(context, bot, &Cause::Scheduled(due)).await?;
+        super::record::scheduled(context, record, &due.to_string()).await?;
+        return Ok(Next::Resync);
+    }
+    let Some(next) = schedule.next_after(now) else { return Ok(Next::Resync) };
+    let wait = std::time::Duration::try_from(next.duration_since(now)).unwrap_or_default();
+    // A moment later, so that it is due then; at the latest with the next resync, for clocks are set.
+    let wait = wait.min(super::RESYNC) + std::time::Duration::from_millis(20);
+    Ok(Next::At(std::time::Instant::now() + wait))
 }
 
 /// Every BotSnapshot of a botId, by a complete list taken now.

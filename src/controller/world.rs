@@ -23,6 +23,7 @@ use super::bot::{bound_to, home};
 use super::node::{Heartbeat, NodeState, candidate, state};
 use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
 use super::record::{Hold, bot_id, hold};
+use super::retention::{Kept, surplus};
 use super::snapshot::{Restore, newest, usable};
 use super::{Key, Name};
 
@@ -486,6 +487,40 @@ impl World {
     /// Whether a snapshot of that name was seen.
     pub fn has_snapshot(&self, name: &Name) -> bool {
         self.snapshots.contains_key(name)
+    }
+
+    /// The scheduled snapshots of a bot that are surplus.
+    pub fn surplus(&self, namespace: &str, bot: &BotContainer, keep_last: usize) -> Vec<Arc<BotSnapshot>> {
+        let at = |name: &str| Name { namespace: namespace.to_owned(), name: name.to_owned() };
+        let all = self.kept.get(&at(&bot_id(bot))).into_iter().flatten();
+        let all: Vec<_> = all.filter_map(|name| self.snapshots.get(&at(name))).collect();
+        let starts = |name: &String| {
+            let from = |bot: &Name| self.bots.get(bot).and_then(|bot| bot.spec.restore_from.as_ref());
+            self.unbound
+                .iter()
+                .any(|bot| bot.namespace == namespace && from(bot).is_some_and(|f| f.snapshot_name == *name))
+        };
+        let goes_back = |name: &String, version: i64| {
+            let asked = bot.spec.rollback.as_ref();
+            asked.is_some_and(|to| to.snapshot_name.as_ref() == Some(name) || to.to_version == Some(version))
+        };
+        let kept: Vec<Kept> = all
+            .iter()
+            .filter(|s| s.metadata.deletion_timestamp.is_none())
+            .map(|snapshot| {
+                let status = snapshot.status.clone().unwrap_or_default();
+                let (name, version) = (snapshot.name_any(), status.version.unwrap_or(0));
+                Kept {
+                    source: status.source.unwrap_or_default(),
+                    phase: status.phase.unwrap_or_default(),
+                    in_use: starts(&name) || goes_back(&name, version),
+                    version,
+                    name,
+                }
+            })
+            .collect();
+        let surplus = surplus(&kept, keep_last);
+        all.into_iter().filter(|s| surplus.contains(&s.name_any())).cloned().collect()
     }
 
     /// The highest version that a bot was seen to have, by its snapshots and its own status; 0 without any.

@@ -7,7 +7,7 @@ use berth::api::bot_snapshot::{ChangeKind, Consistency, SnapshotPhase, SnapshotS
 use berth::api::condition::{ConditionType, find};
 use berth::api::{BotContainer, BotRecord, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, ListParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use crate::common::{SOON, bot, summary, wait_for};
@@ -333,4 +333,59 @@ async fn a_fork_starts_from_another_bots_version_and_holds_its_bytes() {
         stage.ns.delete(name, SOON).await;
     }
     stage.agent.nothing_left_since(&before, SOON).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schedule_takes_what_is_due_once_and_keeps_the_last() {
+    let stage = Stage::set("snap-schedule").await;
+    let policy = json!({"schedule": "*/5 * * * *", "timeZone": "Europe/Berlin", "keepLast": 2});
+    let policy = serde_json::from_value(policy).unwrap();
+    stage.runs(bot("web").with(|spec| spec.snapshot_policy = Some(policy))).await;
+    stage.taken("by-hand", "web").await;
+    let records: Api<BotRecord> = stage.ns.api();
+    let record = wait_for("the schedule counts", SOON, || async {
+        let all = records.list(&ListParams::default()).await.unwrap().items;
+        all.into_iter().find(|r| r.spec.last_scheduled.is_some()).ok_or_else(|| "no lastScheduled".to_owned())
+    })
+    .await;
+    let scheduled = || async {
+        let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+        let mut all: Vec<_> = all.into_iter().filter(|s| told(s).source == Some(SnapshotSource::Scheduled)).collect();
+        all.sort_by_key(|s| told(s).version);
+        all
+    };
+    assert_eq!(scheduled().await.len(), 0, "what was due before there was a schedule was not missed");
+    // As if the controller had been away for hours: what it missed is taken once. Three times over.
+    for (round, hours) in [5, 4, 3].into_iter().enumerate() {
+        let long_ago = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(hours);
+        let patch = json!({"spec": {"lastScheduled": long_ago.to_string()}});
+        let before = scheduled().await;
+        records.patch(&record.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+        if round > 0 {
+            // The same time is due again, and was taken: nothing is made twice.
+            wait_for("the schedule was seen to", SOON, || async {
+                let now = records.get(&record.name_any()).await.unwrap().spec.last_scheduled;
+                if now == Some(long_ago.to_string()) { Err(format!("{now:?}")) } else { Ok(()) }
+            })
+            .await;
+            let names = |all: &[BotSnapshot]| all.iter().map(|s| s.name_any()).collect::<Vec<_>>();
+            let after = scheduled().await;
+            assert!(after.len() <= before.len() + 1, "{:?} {:?}", names(&before), names(&after));
+            continue;
+        }
+        wait_for("one that was missed", SOON, || async {
+            let all = scheduled().await;
+            let ready = all.iter().filter(|s| told(s).phase == Some(SnapshotPhase::Ready)).count();
+            if ready == 1 && all.len() == 1 { Ok(()) } else { Err(format!("{ready} of {}", all.len())) }
+        })
+        .await;
+    }
+    // More than are to be kept: the oldest goes, and what was taken by hand stays.
+    stage.edit("web", json!({"snapshotPolicy": {"schedule": "* * * * *", "keepLast": 1}})).await;
+    let long_ago = jiff::Timestamp::now() - jiff::SignedDuration::from_hours(1);
+    let patch = json!({"spec": {"lastScheduled": long_ago.to_string()}});
+    let first = scheduled().await[0].name_any();
+    records.patch(&record.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+    stage.no_snapshot(&first).await;
+    stage.snapshot("by-hand", SnapshotPhase::Ready).await;
 }
