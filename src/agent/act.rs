@@ -1,7 +1,7 @@
 //! Does one [`Step`]; decides nothing. What is wanted was settled by the plan: here is only how it is done.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, RemoveSnapshotRequest};
@@ -23,6 +23,7 @@ use crate::api::condition::{Reason, chain, cut};
 use crate::api::ids::ContainerId;
 use crate::containerd::{CallContext, CallFailed, Containerd, LeaseId};
 use crate::image::{Credentials, Image, ImageError, Images};
+use crate::layer::Job;
 use crate::network::{Cidr, Network, NetworkError, Owner};
 use crate::output::{BotDirName, Output, OutputError};
 
@@ -31,7 +32,7 @@ use super::desired::{Alive, Desired, Goal, Rollback, Target};
 use super::failpoint::{Effect, around};
 use super::labels;
 use super::observe::{self, Observed, Task};
-use super::record::{Aside, Ending, Life, Record};
+use super::record::{Aside, AsideFor, Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
 use super::shim::{PutAwayFailed, Shims};
@@ -276,6 +277,9 @@ impl Actor {
             },
             Step::CopyAside => self.copy_aside(work).await,
             Step::DropAside => self.drop_aside(work).await,
+            Step::PullAside => self.pull_aside(work).await,
+            Step::CarryData => self.carry_data(work).await,
+            Step::SwitchBack => self.switch_back(work).await,
             Step::SwitchLayer => self.switch_layer(work).await,
             Step::SettleReplaced => self.settle_replaced(work).await,
             Step::Preserve => self.preserve(work).await,
@@ -336,7 +340,8 @@ impl Actor {
             None => None,
         };
         let image = self.image(alive, work.desired).await?;
-        let key = work.observed.layer.as_ref().map_or_else(|| labels::first_layer(id), |half| half.key.clone());
+        // Where it is looked for: as the record has it, of a layer that is half-made or gone.
+        let key = work.record().map_or_else(|| labels::first_layer(id), |record| record.layer.clone());
         // The layer is a root for the collector from its first moment on, by its label; so the lease, which is to hold it as
         // long as the bot lives, may be made beside it. It holds what the layer's image is made of as well: the image's config
         // is read at each start.
@@ -697,12 +702,8 @@ impl Actor {
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
         let target = self.target(work)?;
         let key = labels::next_layer(id, &record.layer);
-        let aside = Aside {
-            layer: key.clone(),
-            rollback: target.id.clone(),
-            snapshot: target.version.uid.clone(),
-            complete: false,
-        };
+        let for_ = AsideFor::Rollback { id: target.id.clone(), snapshot: target.version.uid.clone() };
+        let aside = Aside { layer: key.clone(), for_, complete: false };
         let noted = Record { aside: Some(aside.clone()), ..record.clone() };
         if noted != *record {
             around(Effect::AsideNote, self.note(id, &noted)).await?;
@@ -731,10 +732,82 @@ impl Actor {
         around(Effect::AsideForget, self.note(id, &Record { aside: None, ..record.clone() })).await
     }
 
+    async fn pull_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let image = self.image(work.alive()?, work.desired).await?;
+        let aside = Aside {
+            layer: labels::next_layer(id, &record.layer),
+            for_: AsideFor::Image { image: image.reference, digest: image.digest, chain_id: image.chain_id },
+            complete: false,
+        };
+        around(Effect::PullAsideNote, self.note(id, &Record { aside: Some(aside), ..record.clone() })).await
+    }
+
+    async fn carry_data(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let alive = work.alive()?;
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let old = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
+        let Some(Aside { layer: key, for_: AsideFor::Image { image, digest, chain_id }, .. }) = &record.aside else {
+            return Err(StepError::Changed("no image was pulled for another layer"));
+        };
+        let snapshotter = &record.snapshotter;
+        let runtime = StepError::Runtime;
+        self.versions.remove(snapshotter, key).await.map_err(runtime)?;
+        let mut labels = labels::owner(work.desired);
+        labels.insert(labels::IMAGE.to_owned(), image.clone());
+        labels.insert(labels::IMAGE_DIGEST.to_owned(), digest.clone());
+        labels.insert(labels::FILLING.to_owned(), old.key.clone());
+        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
+        let prepare = self.versions.prepare(snapshotter, key, chain_id, labels);
+        match around(Effect::CarryPrepare, prepare).await {
+            // The image was collected meanwhile, which nothing stood on: it is pulled again.
+            Err(error) if error.is_not_found() => {
+                self.note(id, &Record { aside: None, ..record.clone() }).await?;
+                return Err(StepError::Changed("the image is not there any more"));
+            }
+            done => done.map_err(runtime)?,
+        }
+        let content = Resource { id: digest.clone(), r#type: "content".to_owned() };
+        let hold = AddResourceRequest { id: LeaseId::from(id).as_str().to_owned(), resource: Some(content) };
+        let held = self.containerd.leases().add_resource(self.containerd.request(hold)).await;
+        held.call("add to lease", id.as_str()).map_err(runtime)?;
+        let dirs = self.versions.active_dirs(snapshotter, key).await.map_err(StepError::Version)?;
+        let mounts = self.mounts(snapshotter, &old.key).await.map_err(runtime)?;
+        // Open until the copier has ended, which reads through it.
+        let root = self.bundle.open_layer(&mounts, id).await.map_err(StepError::Bundle)?;
+        let job = Job::Carry {
+            source: format!("/proc/{}/fd/{}", std::process::id(), root.as_raw_fd()).into(),
+            path: alive.spec.data.path.trim_start_matches('/').into(),
+            stage: dirs.stage(),
+            dest: dirs.own,
+            lower: dirs.lower,
+        };
+        around(Effect::CarryCopy, self.versions.run(&job)).await.map_err(StepError::Version)?;
+        drop(root);
+        self.versions.label(snapshotter, key, labels::FILLING, "").await.map_err(runtime)?;
+        let aside = record.aside.clone().map(|aside| Aside { complete: true, ..aside });
+        around(Effect::CarryNote, self.note(id, &Record { aside, ..record.clone() })).await
+    }
+
+    async fn switch_back(&self, work: &Work<'_>) -> Result<(), StepError> {
+        let id = work.id();
+        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
+        let replaced = record.replaced.as_ref().ok_or(StepError::Changed("no layer was replaced"))?;
+        let found = self.versions.stat(&record.snapshotter, &replaced.layer).await.map_err(StepError::Runtime)?;
+        let Some(info) = found else {
+            // By somebody's hand: the way forward is left.
+            self.note(id, &Record { replaced: None, ..record.clone() }).await?;
+            return Err(StepError::Changed("the layer that was replaced is gone"));
+        };
+        let back = record.moved(&observe::layer(info), Timestamp::now());
+        around(Effect::SwitchBackNote, self.note(id, &back)).await
+    }
+
     async fn switch_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let target = self.target(work)?;
         let aside = record.aside.as_ref().ok_or(StepError::Changed("no layer was made beside"))?;
         let found = self.versions.stat(&record.snapshotter, &aside.layer).await.map_err(StepError::Runtime)?;
         let Some(info) = found.filter(|info| !is_filling(&info.labels)) else {
@@ -742,7 +815,11 @@ impl Actor {
             self.note(id, &Record { aside: None, ..record.clone() }).await?;
             return Err(StepError::Changed("the layer that was made beside is gone"));
         };
-        let switched = record.switched(&observe::layer(info), target, Timestamp::now());
+        let (to, now) = (observe::layer(info), Timestamp::now());
+        let switched = match &aside.for_ {
+            AsideFor::Rollback { .. } => record.switched(&to, self.target(work)?, now),
+            AsideFor::Image { .. } => record.moved(&to, now),
+        };
         around(Effect::SwitchNote, self.note(id, &switched)).await
     }
 

@@ -10,7 +10,7 @@ use crate::api::bot_container::{
 use crate::api::bot_snapshot::{SnapshotPhase, SnapshotSource, automatic_name};
 use crate::api::condition::Reason;
 use crate::api::ids::{BotUid, ContainerId};
-use crate::api::{BotContainer, BotSnapshot};
+use crate::api::{BotContainer, BotSnapshot, BotSnapshotStatus};
 use crate::image::Reference;
 
 use super::cost;
@@ -34,6 +34,8 @@ pub struct Desired {
     pub snapshotter: String,
     /// The rollback that is asked for, if one is.
     pub rollback: Option<Rollback>,
+    /// The snapshots that were made before this bot moved to another image.
+    pub before_image: Vec<(String, SnapshotPhase)>,
     /// The version to start from, where there is no layer.
     pub restore: Option<RestoredFrom>,
     /// The version that a bot which is deleted under `Retain` becomes, once the controller has given it.
@@ -209,11 +211,12 @@ pub fn desired(
     let snapshotter = spec.snapshotter.clone().unwrap_or_else(|| default_snapshotter.to_owned());
     let of_bot = Versions { namespace: &namespace, bot_id: &bot_id, snapshots };
     let rollback = spec.rollback.as_ref().map(|asked| of_bot.rollback(asked, &name, &uid, &spec.image));
+    let before_image = of_bot.before_image(&uid);
     let restore = bot.status.as_ref().and_then(|status| status.restored_from.clone());
     let preserved = matches!(goal, Goal::Retained { .. });
     let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").filter(|_| preserved);
     let id = uid.container_id();
-    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, restore, preserve, goal })
+    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, before_image, restore, preserve, goal })
 }
 
 /// The versions of one bot on this node.
@@ -249,6 +252,19 @@ impl Versions<'_> {
                 .is_some_and(|s| s.source == Some(source) && s.bot_uid.as_deref() == Some(uid.as_str()))
         };
         self.all().find(|(snapshot, version)| version.name == wanted && is_it(snapshot)).map(|(_, version)| version)
+    }
+
+    /// Names and phases of those that were made before the bot moved to another image.
+    fn before_image(&self, uid: &BotUid) -> Vec<(String, SnapshotPhase)> {
+        let of_it = |status: &&BotSnapshotStatus| {
+            status.source == Some(SnapshotSource::PreImageChange) && status.bot_uid.as_deref() == Some(uid.as_str())
+        };
+        self.all()
+            .filter_map(|(snapshot, version)| {
+                let status = snapshot.status.as_ref().filter(of_it)?;
+                Some((version.name, status.phase.unwrap_or_default()))
+            })
+            .collect()
     }
 
     fn rollback(&self, asked: &RollbackSpec, name: &str, uid: &BotUid, image: &str) -> Rollback {

@@ -6,6 +6,8 @@
 //!           task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Retained)
 //!           its version is given? -> Preserve, and then as gone
 //! held      task live? -> Stop .. Kill -> Reap                                                      -> Settled(Held)
+//! image     settled otherwise? -> PullAside; the snapshot before it is there? -> Stop .. Kill -> Reap -> CarryData -> SwitchLayer
+//!           and then as before; SettleReplaced once it runs, SwitchBack where the image is set back before that
 //! rollback  settled otherwise? -> CopyAside; what it replaces has its number? -> Stop .. Kill -> Reap -> SwitchLayer
 //!           -> SettleReplaced, and then as before
 //! stopped   task live? -> Stop .. Kill -> Reap -> Remove(network, output)                           -> Settled(Stopped)
@@ -25,10 +27,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::api::bot_container::{Kept, NetworkMode, RestartPolicy};
+use crate::api::bot_snapshot::{SnapshotPhase, SnapshotSource, automatic_name, image_change_cause};
 
 use super::desired::{Alive, Desired, Goal, Keep, Refusal, Rollback, Target};
 use super::observe::{Attached, Container, Observed, Output, Task};
-use super::record::{Life, Record, backoff};
+use super::record::{Aside, AsideFor, Life, Record, backoff};
 use super::step::{Parts, Step};
 
 /// What comes next.
@@ -84,7 +87,7 @@ pub enum State {
         /// What makes it foreign.
         why: String,
     },
-    /// The image was changed, which this agent can't do to a bot that has a layer.
+    /// The image was changed, and what has to come first failed.
     ImageChange,
 }
 
@@ -120,7 +123,7 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
         Goal::Stopped { grace } => {
             let next = take_down(record, observed, *grace, now).unwrap_or_else(|| stopped(record, observed));
             let down = || take_down(record, observed, *grace, now);
-            roll_back(desired, record, next, down)
+            replace_layer(desired, record, has_layer(observed), next, down)
         }
         Goal::Held { grace } => take_down(record, observed, *grace, now).unwrap_or_else(|| Next::settled(State::Held)),
         Goal::Refused { grace, refusal } => record
@@ -134,65 +137,136 @@ pub fn plan(desired: &Desired, observed: &Observed, now: Timestamp) -> Next {
                 true => Some(Next::settled(State::RestartPending)),
                 false => take_down(record, observed, alive.grace, now),
             };
-            roll_back(desired, record, next, down)
+            replace_layer(desired, record, has_layer(observed), next, down)
         }
     }
 }
 
-/// What a rollback makes of the step that would come without one; `down` leads to no task.
+/// What is to take the place of the bot's layer.
+enum Successor<'a> {
+    /// A copy of a version.
+    Version(&'a Target),
+    /// A layer on another image, with the bot's data.
+    Image(&'a Alive),
+}
+
+impl Successor<'_> {
+    /// A layer that is gone has nothing to be carried over: the bot starts from the other image.
+    fn of<'a>(desired: &'a Desired, record: &Record, has_layer: bool) -> Option<Successor<'a>> {
+        match (&desired.rollback, &desired.goal) {
+            (Some(Rollback::To(target)), _) if record.rollback.as_ref() != Some(&target.id) => {
+                Some(Successor::Version(target))
+            }
+            (_, Goal::Alive(alive)) if has_layer && record.image != alive.image.to_string() => {
+                Some(Successor::Image(alive))
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether a layer was made beside for it.
+    fn is_made(&self, aside: &Aside) -> bool {
+        match (self, &aside.for_) {
+            (Self::Version(target), AsideFor::Rollback { id, snapshot }) => {
+                (id, snapshot) == (&target.id, &target.version.uid)
+            }
+            (Self::Image(alive), AsideFor::Image { image, .. }) => *image == alive.image.to_string(),
+            _ => false,
+        }
+    }
+
+    /// What has to be there before the bot is stopped for it.
+    fn snapshot(&self, desired: &Desired, record: &Record) -> Before {
+        match self {
+            Self::Version(target) if target.keep == Keep::Awaited => Before::Awaited,
+            Self::Version(_) => Before::Enough,
+            Self::Image(alive) => {
+                if alive.spec.snapshot_policy.as_ref().is_some_and(|policy| !policy.before_image_change) {
+                    return Before::Enough;
+                }
+                let name = before_image_name(desired, record, alive);
+                match desired.before_image.iter().find(|(made, _)| *made == name) {
+                    Some((_, SnapshotPhase::Ready)) => Before::Enough,
+                    Some((_, SnapshotPhase::Failed)) => Before::Failed,
+                    _ => Before::Awaited,
+                }
+            }
+        }
+    }
+}
+
+/// Whether the snapshot is there that comes first.
+enum Before {
+    Enough,
+    Awaited,
+    Failed,
+}
+
+/// Name of the snapshot that is made before a bot moves to another image.
+pub fn before_image_name(desired: &Desired, record: &Record, alive: &Alive) -> String {
+    let cause = image_change_cause(&alive.spec.image, &record.layer);
+    automatic_name(&desired.name, desired.uid.as_str(), SnapshotSource::PreImageChange, &cause)
+}
+
+/// What a rollback or another image makes of the step that would come without one; `down` leads to no task.
 ///
-/// The version is copied aside while the bot is as it was; only what is copied, and whose successor has its number, is worth a
-/// stop. From then on all leads down, to the switch, and up again on the other layer.
-fn roll_back(desired: &Desired, record: Option<&Record>, next: Next, down: impl FnOnce() -> Option<Next>) -> Next {
+/// What can be made beside is made while the bot is as it was; only what is made, and whose snapshot is there, is worth a stop. From
+/// then on all leads down, to the switch, and up again on the other layer.
+fn replace_layer(
+    desired: &Desired,
+    record: Option<&Record>,
+    has_layer: bool,
+    next: Next,
+    down: impl FnOnce() -> Option<Next>,
+) -> Next {
     let Some(record) = record else { return next };
-    let asked = match &desired.rollback {
-        Some(Rollback::To(target)) if record.rollback.as_ref() != Some(&target.id) => Some(target),
-        _ => None,
+    let successor = Successor::of(desired, record, has_layer);
+    // An end to be noted, an order to be carried out, something on its way up: first what is under way.
+    let idle = matches!(&next, Next::Settled { state, .. } if *state != State::Stopping);
+    let first = |before: Before, step: Step, down: &mut dyn FnMut() -> Option<Next>| match before {
+        Before::Enough => down().unwrap_or(Next::Do(step)),
+        _ if !idle => next.clone(),
+        Before::Awaited => Next::settled(State::WaitingForSnapshot),
+        Before::Failed => Next::settled(State::ImageChange),
     };
+    let mut down = Some(down);
+    let mut down = || down.take().and_then(|down| down());
     if let Some(replaced) = &record.replaced {
+        if let Some(Successor::Image(alive)) = &successor
+            && replaced.keep.is_none()
+            && replaced.image == alive.image.to_string()
+        {
+            // Set back before the bot ran on the other image: its layer is where it was.
+            let before = Successor::Image(alive).snapshot(desired, record);
+            return first(before, Step::SwitchBack, &mut down);
+        }
         // What is kept is kept at once: it takes no time. What goes, goes once the bot is on the other layer as it was asked, or
         // that one is to be replaced in turn.
         let settled = matches!(
             &next,
             Next::Settled { state: State::Running | State::Paused { .. } | State::Stopped | State::Completed, .. }
         );
-        let over = replaced.keep.is_some() || settled || asked.is_some();
+        let over = replaced.keep.is_some() || settled || successor.is_some();
         return if over { Next::Do(Step::SettleReplaced) } else { next };
     }
-    let made_for = |target: &Target| {
-        record.aside.as_ref().is_some_and(|aside| aside.rollback == target.id && aside.snapshot == target.version.uid)
+    let Some(aside) = &record.aside else {
+        return match successor {
+            Some(Successor::Version(_)) if idle => Next::Do(Step::CopyAside),
+            Some(Successor::Image(_)) if idle => Next::Do(Step::PullAside),
+            _ => next,
+        };
     };
-    // An end to be noted, an order to be carried out, something on its way up: first what is under way.
-    let idle = matches!(&next, Next::Settled { state, .. } if *state != State::Stopping);
-    match (asked, &record.aside) {
-        (None, None) => next,
-        (None, Some(_)) => {
-            if idle {
-                Next::Do(Step::DropAside)
-            } else {
-                next
-            }
+    match successor {
+        Some(successor) if successor.is_made(aside) => {
+            let step = match (&successor, aside.complete) {
+                (_, true) => Step::SwitchLayer,
+                (Successor::Image(_), false) => Step::CarryData,
+                (Successor::Version(_), false) => return if idle { Next::Do(Step::CopyAside) } else { next },
+            };
+            first(successor.snapshot(desired, record), step, &mut down)
         }
-        (Some(target), Some(_)) if !made_for(target) => {
-            if idle {
-                Next::Do(Step::DropAside)
-            } else {
-                next
-            }
-        }
-        (Some(target), Some(aside)) if aside.complete => {
-            if target.keep == Keep::Awaited {
-                return if idle { Next::settled(State::WaitingForSnapshot) } else { next };
-            }
-            down().unwrap_or(Next::Do(Step::SwitchLayer))
-        }
-        (Some(_), _) => {
-            if idle {
-                Next::Do(Step::CopyAside)
-            } else {
-                next
-            }
-        }
+        _ if idle => Next::Do(Step::DropAside),
+        _ => next,
     }
 }
 
@@ -324,7 +398,7 @@ fn keep_alive(alive: &Alive, record: Option<&Record>, observed: &Observed, now: 
         return unexplained(observed.task).unwrap_or_else(|| build_up(alive, None, observed));
     };
     let changed = !record.is_for(alive);
-    let image_changed = record.image != alive.image.to_string();
+    let image_changed = has_layer(observed) && record.image != alive.image.to_string();
     match observed.task {
         Task::Stopped { .. } | Task::Unknown => Next::Do(Step::Reap),
         Task::Leftover => Next::Do(Step::PutAway),
@@ -420,10 +494,15 @@ fn ended(alive: &Alive, record: &Record, observed: &Observed, now: Timestamp) ->
     {
         return Next::Settled { state: State::BackOff, until: Some(at) };
     }
-    if record.image != alive.image.to_string() {
+    if has_layer(observed) && record.image != alive.image.to_string() {
         return Next::settled(State::ImageChange);
     }
     build_up(alive, Some(record), observed)
+}
+
+/// Whether there is a layer with something of the bot's in it.
+fn has_layer(observed: &Observed) -> bool {
+    observed.layer.as_ref().is_some_and(|layer| !layer.filling)
 }
 
 /// Whether the network namespace is there that the process is to be in.
@@ -445,7 +524,7 @@ fn build_up(alive: &Alive, record: Option<&Record>, observed: &Observed) -> Next
     // The namespace first: shim and runc need no more, and take longer than the addresses, which come beside them.
     let first = if alive.address_in_env { is_connected(alive, observed) } else { has_namespace(alive, observed) };
     let missing = Parts {
-        layer: observed.layer.as_ref().is_none_or(|layer| layer.filling),
+        layer: !has_layer(observed),
         namespace: !alive.paused && !first && !alive.address_in_env,
         network: !alive.paused && !first && alive.address_in_env,
         output: !alive.paused && observed.output != Output::Drained,

@@ -97,12 +97,34 @@ pub struct Rolled {
 pub struct Aside {
     /// Its key.
     pub layer: String,
-    /// The rollback that it is for.
-    pub rollback: String,
-    /// The BotSnapshot that it is a copy of, by uid.
-    pub snapshot: String,
+    /// What it is for.
+    pub for_: AsideFor,
     /// Whether it is whole.
     pub complete: bool,
+}
+
+/// What a layer is made beside for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum AsideFor {
+    /// A rollback.
+    #[serde(rename_all = "camelCase")]
+    Rollback {
+        /// Its id.
+        id: String,
+        /// The BotSnapshot that the layer is a copy of, by uid.
+        snapshot: String,
+    },
+    /// Another image.
+    #[serde(rename_all = "camelCase")]
+    Image {
+        /// Its normalised reference.
+        image: String,
+        /// Its digest.
+        digest: String,
+        /// The committed snapshot that the layer stands on.
+        chain_id: String,
+    },
 }
 
 /// A layer that was replaced.
@@ -265,6 +287,23 @@ impl Record {
             aside: None,
             replaced: Some(Replaced { layer: self.layer.clone(), image, digest, at, keep }),
             // The spec has the old layer in it.
+            spec_for: 0,
+            life: Life::Fresh,
+            failures: 0,
+            ..self.clone()
+        }
+    }
+
+    /// The record after a layer on another image took the place of the one in use. `replaced` goes once the bot runs on it, or is
+    /// gone back to where the image is set back before that.
+    pub fn moved(&self, to: &Layer, at: Timestamp) -> Self {
+        let (image, digest) = (self.image.clone(), self.digest.clone());
+        Self {
+            layer: to.key.clone(),
+            image: to.image.clone(),
+            digest: to.digest.clone(),
+            aside: None,
+            replaced: Some(Replaced { layer: self.layer.clone(), image, digest, at, keep: None }),
             spec_for: 0,
             life: Life::Fresh,
             failures: 0,

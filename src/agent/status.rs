@@ -14,7 +14,7 @@ use crate::api::condition::{ConditionType, Reason, api_time, condition, find};
 
 use super::desired::{Desired, Goal, Rollback};
 use super::observe::{Attached, Container, Observed, Task};
-use super::plan::{Next, State};
+use super::plan::{Next, State, before_image_name};
 use super::record::{Life, Record};
 use super::step::Step;
 
@@ -305,17 +305,34 @@ fn judge(
             {
                 Verdict::working(Phase::Stopping, Reason::Stopping, "what the process used is being put away")
             }
+            Step::PullAside => Verdict::working(
+                phase_of_task_or_starting(observed),
+                Reason::ChangingImage,
+                "the image that the bot is to move to is being pulled",
+            ),
+            Step::CarryData => Verdict::working(
+                Phase::Starting,
+                Reason::ChangingImage,
+                "the bot's data is being carried over to a layer on the other image",
+            ),
+            Step::SwitchBack => Verdict::working(
+                Phase::Starting,
+                Reason::ChangingImage,
+                "the image was set back, and so is the bot's layer",
+            ),
             Step::CopyAside | Step::DropAside | Step::SwitchLayer | Step::SettleReplaced => {
                 let phase = match (observed.task, &desired.goal) {
                     (Task::Running { .. } | Task::Paused { .. }, _) => phase_of_task,
                     (_, Goal::Stopped { .. }) => Phase::Stopping,
                     _ => Phase::Starting,
                 };
-                Verdict::working(
-                    phase,
-                    Reason::RollingBack,
-                    "the bot's layer is being replaced by the version of spec.rollback",
-                )
+                let (reason, message) = match &desired.goal {
+                    Goal::Alive(alive) if record.is_some_and(|record| record.image != alive.image.to_string()) => {
+                        (Reason::ChangingImage, "the bot's layer is being replaced by one on the other image")
+                    }
+                    _ => (Reason::RollingBack, "the bot's layer is being replaced by the version of spec.rollback"),
+                };
+                Verdict::working(phase, reason, message)
             }
             Step::PutAway => Verdict::working(Phase::Starting, Reason::Starting, LEFTOVER),
             Step::Prepare(_) if live => {
@@ -341,11 +358,16 @@ fn judge(
                     (_, Goal::Stopped { .. }) => Phase::Stopping,
                     _ => Phase::Starting,
                 };
-                Verdict::working(
-                    phase,
-                    Reason::WaitingForSnapshot,
-                    "spec.rollback: what it replaces becomes a version first, which the controller gives its number",
-                )
+                let message = match &desired.rollback {
+                    Some(Rollback::To(target)) if record.is_some_and(|r| r.rollback.as_ref() != Some(&target.id)) => {
+                        "spec.rollback: what it replaces becomes a version first, which the controller gives its number"
+                    }
+                    _ => {
+                        "spec.image: a version is made of the bot before it moves to another image \
+                         (spec.snapshotPolicy.beforeImageChange)"
+                    }
+                };
+                Verdict::working(phase, Reason::WaitingForSnapshot, message)
             }
             State::Running => Verdict::ready(Phase::Running, Reason::AsAsked, "the process runs as asked"),
             State::Paused { kept: Kept::MemoryAndFiles, .. } => {
@@ -400,13 +422,30 @@ fn judge(
                     desired.id
                 ),
             ),
-            State::ImageChange => Verdict::stalled(
-                phase_of_task,
-                Reason::ImageChangeFailed,
-                "this Berth can't move a bot that has a layer to another image yet; set spec.image back, \
-                 or create the bot anew",
-            ),
+            State::ImageChange => {
+                let name = match (&desired.goal, record) {
+                    (Goal::Alive(alive), Some(record)) => before_image_name(desired, record, alive),
+                    _ => String::new(),
+                };
+                Verdict::stalled(
+                    phase_of_task,
+                    Reason::ImageChangeFailed,
+                    format!(
+                        "the BotSnapshot {name}, which comes before the change of the image, failed; delete it to have another \
+                         made, set spec.snapshotPolicy.beforeImageChange to false to do without, or set spec.image back"
+                    ),
+                )
+            }
         },
+    }
+}
+
+/// The process as it is, or that there is to be one.
+fn phase_of_task_or_starting(observed: &Observed) -> Phase {
+    match observed.task {
+        Task::Running { .. } => Phase::Running,
+        Task::Paused { .. } => Phase::Paused,
+        _ => Phase::Starting,
     }
 }
 

@@ -53,6 +53,14 @@ pub enum Step {
     /// Make a layer beside the one in use, with what the version of a rollback holds, and note it. The bot runs on. Cut off: the note
     /// says that it is not whole, and the next begins again.
     CopyAside,
+    /// Pull the image that the bot is to move to, and note where its layer will be. The bot runs on. Cut off: nothing, or half a pull
+    /// as `Prepare` leaves it.
+    PullAside,
+    /// Make the layer on the other image, with the bot's data in it, while no process uses either. Cut off: the note says that it is not
+    /// whole, and the next begins again.
+    CarryData,
+    /// Note that the layer which was replaced is the bot's again, since its image was set back. Cut off: it is the one or the other.
+    SwitchBack,
     /// Remove a layer that was made for a rollback which is not asked for any more. Cut off: the rest is noted still.
     DropAside,
     /// Note that the bot's layer is the one beside from now on, in one write. Cut off: it is the old one or the new one.
@@ -107,6 +115,9 @@ impl Step {
             Self::RecordLost => "record_lost",
             Self::SettleEnd => "settle_end",
             Self::CopyAside => "copy_aside",
+            Self::PullAside => "pull_aside",
+            Self::CarryData => "carry_data",
+            Self::SwitchBack => "switch_back",
             Self::DropAside => "drop_aside",
             Self::SwitchLayer => "switch_layer",
             Self::SettleReplaced => "settle_replaced",

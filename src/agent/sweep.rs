@@ -263,6 +263,7 @@ impl Orphan {
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
             rollback: None,
+            before_image: Vec::new(),
             restore: None,
             preserve: None,
             goal: Goal::Gone { grace: GRACE },

@@ -115,6 +115,11 @@ pub fn automatic_name(bot: &str, uid: &str, source: SnapshotSource, cause: &str)
     format!("{}-{}-{hash}", stem.trim_end_matches(['-', '.']), word.to_lowercase())
 }
 
+/// The cause of the snapshot that is made before a bot moves from its layer to another image.
+pub fn image_change_cause(image: &str, layer: &str) -> String {
+    format!("{image} in place of {layer}")
+}
+
 choice! {
     /// In which state the bot was.
     #[allow(missing_docs)]

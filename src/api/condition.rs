@@ -146,6 +146,7 @@ reasons! {
     RuntimeFailed => "containerd or runc refused a step; the message has its words. It is tried again.",
     StorageFailed => "The node's disk refused a write; the message has its words. It is tried again.",
     SkillFailed => "A skill can't be written into the bot's data; the message says why, usually a link or a full disk. It is tried again.",
+    ChangingImage => "Wait: the bot is being moved to the image of spec.image.",
     ImageChangeFailed => "The bot could not be moved to the new image; its data is where it was.",
     AgentReady => "Nothing to do: the agent serves its node.",
     AgentStopping => "The agent was stopped; its bots run on.",

@@ -22,7 +22,7 @@ use serde_json::json;
 
 use crate::api::bot_container::{DeletionPolicy, RestoredFrom};
 use crate::api::bot_record::Given;
-use crate::api::bot_snapshot::{BotSnapshotSpec, SnapshotPhase, SnapshotSource, automatic_name};
+use crate::api::bot_snapshot::{BotSnapshotSpec, SnapshotPhase, SnapshotSource, automatic_name, image_change_cause};
 use crate::api::condition::{ConditionType, Reason, condition, find};
 use crate::api::{
     BotContainer, BotRecord, BotSnapshot, BotSnapshotStatus, CONTROLLER, SNAPSHOT_FINALIZER, SOURCE_LABEL,
@@ -46,8 +46,13 @@ pub enum Cause {
     Rollback(String),
     /// The last one of a bot that is deleted under `deletionPolicy: Retain`.
     Preserved,
-    /// Before the bot moves to this image.
-    ImageChange(String),
+    /// Before the bot moves from this layer to this image.
+    ImageChange {
+        /// `spec.image`.
+        image: String,
+        /// The layer's name in containerd.
+        layer: String,
+    },
     /// Due at this time.
     Scheduled(Timestamp),
 }
@@ -58,7 +63,7 @@ impl Cause {
         match self {
             Self::Rollback(_) => SnapshotSource::Rollback,
             Self::Preserved => SnapshotSource::Preserved,
-            Self::ImageChange(_) => SnapshotSource::PreImageChange,
+            Self::ImageChange { .. } => SnapshotSource::PreImageChange,
             Self::Scheduled(_) => SnapshotSource::Scheduled,
         }
     }
@@ -67,7 +72,7 @@ impl Cause {
         match self {
             Self::Rollback(id) => id.clone(),
             Self::Preserved => String::new(),
-            Self::ImageChange(image) => image.clone(),
+            Self::ImageChange { image, layer } => image_change_cause(image, layer),
             Self::Scheduled(at) => at.to_string(),
         }
     }
@@ -80,8 +85,13 @@ impl Cause {
             return (bot.spec.deletion_policy == DeletionPolicy::Retain).then_some(Self::Preserved);
         }
         let done = status.rollback.as_ref().map(|done| &done.id);
-        let rollback = bot.spec.rollback.as_ref().filter(|asked| asked.keep_replaced && Some(&asked.id) != done)?;
-        Some(Self::Rollback(rollback.id.clone()))
+        match bot.spec.rollback.as_ref().filter(|asked| Some(&asked.id) != done) {
+            Some(asked) => asked.keep_replaced.then(|| Self::Rollback(asked.id.clone())),
+            None => {
+                let layer = &status.lineage.last()?.name;
+                Some(Self::ImageChange { image: bot.spec.image.clone(), layer: layer.clone() })
+            }
+        }
     }
 }
 
@@ -403,7 +413,7 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
         display_name: Some(match cause {
             Cause::Rollback(id) => format!("replaced by rollback {id}"),
             Cause::Preserved => "kept at deletion".to_owned(),
-            Cause::ImageChange(image) => format!("before the change to {image}"),
+            Cause::ImageChange { image, .. } => format!("before the change to {image}"),
             Cause::Scheduled(at) => format!("scheduled for {at}"),
         })
         .filter(|text| text.len() <= 253),

@@ -241,7 +241,13 @@ impl World {
     fn restore(&self, id: &Name, bot: &BotContainer) -> Restore {
         let at = |name: &str| Name { namespace: id.namespace.clone(), name: name.to_owned() };
         if let Some(from) = &bot.spec.restore_from {
-            return usable(&from.snapshot_name, self.snapshots.get(&at(&from.snapshot_name)).map(|s| &**s));
+            let found = self.snapshots.get(&at(&from.snapshot_name)).map(|s| &**s);
+            return match usable(&from.snapshot_name, found) {
+                Restore::Wait { reason, message } => {
+                    Restore::Wait { reason, message: format!("spec.restoreFrom: {message}") }
+                }
+                usable => usable,
+            };
         }
         if bot.spec.restore_policy == RestorePolicy::Never {
             return Restore::Nothing;
@@ -759,7 +765,8 @@ fn strip(bot: &mut BotContainer) {
     spec.dns_config = None;
     if let Some(status) = &mut bot.status {
         status.transitions = Vec::new();
-        status.lineage = Vec::new();
+        // The last is the bot's own layer.
+        status.lineage = status.lineage.pop().into_iter().collect();
         status.last_termination = None;
     }
 }

@@ -11,14 +11,14 @@ use rustix::fs::{
 };
 
 use super::take::{Known, Stage, Take};
-use super::tree::{Entry, Facts, Tree, open_dir};
+use super::tree::{Entry, Facts, Inode, Tree, open_dir};
 
 /// Makes in `dest`, an empty directory, what `tree` says, of what `take` has read.
 pub fn assemble(tree: &Tree, take: &mut Take, dest: BorrowedFd<'_>) -> io::Result<()> {
     // What a snapshotter put there is not the bot's.
     let mut linked = HashMap::new();
     directory(tree, 0, take, dest, &mut linked)?;
-    let root = missing(take.known(tree.root.ino))?.clone();
+    let root = missing(take.known(tree.root.inode()))?.clone();
     dress(dest, c".", &tree.root, &root)
 }
 
@@ -28,7 +28,7 @@ fn directory(
     number: u32,
     take: &mut Take,
     dest: BorrowedFd<'_>,
-    linked: &mut HashMap<u64, u64>,
+    linked: &mut HashMap<Inode, u64>,
 ) -> io::Result<()> {
     struct Level {
         fd: OwnedFd,
@@ -45,7 +45,7 @@ fn directory(
             if let Some(above) = levels.last() {
                 let entries = tree.dirs.get(above.number as usize).map(|d| d.entries.as_slice()).unwrap_or_default();
                 if let Some(made) = above.next.checked_sub(1).and_then(|n| entries.get(n)) {
-                    let known = missing(take.known(made.facts.ino))?.clone();
+                    let known = missing(take.known(made.facts.inode()))?.clone();
                     dress(above.fd.as_fd(), &made.name, &made.facts, &known)?;
                 }
             }
@@ -64,19 +64,19 @@ fn directory(
     Ok(())
 }
 
-fn file(entry: &Entry, dir: BorrowedFd<'_>, take: &mut Take, linked: &mut HashMap<u64, u64>) -> io::Result<()> {
+fn file(entry: &Entry, dir: BorrowedFd<'_>, take: &mut Take, linked: &mut HashMap<Inode, u64>) -> io::Result<()> {
     let facts = &entry.facts;
     if facts.kind() == FileType::Directory {
         // Another file system, mounted into the layer by the host.
         return Err(io::Error::other(format!("{:?} is on another file system than the layer", entry.name)));
     }
-    let known = missing(take.known(facts.ino))?.clone();
+    let known = missing(take.known(facts.inode()))?.clone();
     if facts.links < 2 {
         make(dir, &entry.name, facts, &known, take)?;
         return dress(dir, &entry.name, facts, &known);
     }
     // One of several names: it is made in the stage, once, and linked from there.
-    let number = match linked.get(&facts.ino) {
+    let number = match linked.get(&facts.inode()) {
         Some(number) => *number,
         None => {
             let stage = take.stage();
@@ -84,7 +84,7 @@ fn file(entry: &Entry, dir: BorrowedFd<'_>, take: &mut Take, linked: &mut HashMa
             let (name, fd) = (Stage::name(number), open_dir(stage.dir(), c".")?);
             make(fd.as_fd(), &name, facts, &known, take)?;
             dress(fd.as_fd(), &name, facts, &known)?;
-            linked.insert(facts.ino, number);
+            linked.insert(facts.inode(), number);
             number
         }
     };

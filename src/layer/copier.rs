@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::Mode;
+use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid, XattrFlags, mkdirat, openat2};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Resource, Signal};
 
@@ -156,6 +156,7 @@ fn work(job: &Job, mut input: impl io::BufRead, guardian: OwnedFd) -> ExitCode {
     let done = match job {
         Job::Take { .. } => take(job, &mut input, &owed),
         Job::Clone { source, dest, stage, manifest } => clone(source, dest, stage, manifest.as_deref()),
+        Job::Carry { source, path, dest, stage, lower } => carry(source, path, dest, stage, lower),
         Job::Describe { source, manifest, before, lower } => describe(source, manifest, before.as_deref(), lower),
         Job::Verify { source, manifest } => verify(source, manifest),
     };
@@ -165,7 +166,7 @@ fn work(job: &Job, mut input: impl io::BufRead, guardian: OwnedFd) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            if let Job::Take { stage, .. } | Job::Clone { stage, .. } = job {
+            if let Job::Take { stage, .. } | Job::Clone { stage, .. } | Job::Carry { stage, .. } = job {
                 let _ = std::fs::remove_dir_all(stage);
             }
             say(&Said::Failed(error));
@@ -338,6 +339,69 @@ fn clone(source: &Path, dest: &Path, stage: &Path, manifest: Option<&Path>) -> R
     at("remove", stage, std::fs::remove_dir_all(stage))?;
     at("sync", dest, rustix::fs::syncfs(&root).map_err(io::Error::from))?;
     Ok(done)
+}
+
+fn carry(source: &Path, path: &Path, dest: &Path, stage: &Path, lower: &[PathBuf]) -> Result<Summary, Failure> {
+    let to = at("open", dest, super::tree::open_root(dest))?;
+    let from = at("open", source, super::tree::open_root(source))?;
+    // Below the bot's own root, and through no link: the directory is what spec.data says, or nothing.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
+    let data = match openat2(&from, path, flags, Mode::empty(), resolve) {
+        Ok(data) => data,
+        // It has none: then it has none on the other image either, but what that brings.
+        Err(rustix::io::Errno::NOENT) => return Ok(Summary::default()),
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR) => {
+            let message = format!("the data path /{} is no directory any more, or lies behind a link", path.display());
+            return Err(Failure { kind: FailureKind::Other, message });
+        }
+        Err(error) => return at("open", path, Err(error.into())),
+    };
+    let mut take = at("copy", path, Take::of(data, stage))?;
+    let Some(tree) = at("copy", path, take.rest(threads(), &|| false))? else {
+        return Err(Failure { kind: FailureKind::Other, message: "the copy was broken off".to_owned() });
+    };
+    let now = at("describe", path, Manifest::of(&tree, &take))?;
+    let inside = at("make", dest, make_way(&to, path, &Lower::open(lower)))?;
+    at("fill", dest, assemble(&tree, &mut take, inside.as_fd()))?;
+    // What the image has there is no part of the bot's data.
+    let opaque = rustix::fs::fsetxattr(&inside, c"trusted.overlay.opaque", b"y", XattrFlags::empty());
+    at("mark", dest, opaque.map_err(io::Error::from))?;
+    at("remove", stage, std::fs::remove_dir_all(stage))?;
+    at("sync", dest, rustix::fs::syncfs(&to).map_err(io::Error::from))?;
+    // Read back what was made, as a version is.
+    let made = at("read", dest, Manifest::read_at(inside, threads(), true))?;
+    let made = made.without_root_attribute("trusted.overlay.opaque");
+    let (mismatches, mismatch_count) = made.differences(&now, WORDS);
+    if let Some(first) = mismatches.first() {
+        let message = format!("what was carried over is not what it was, in {mismatch_count} places, first: {first}");
+        return Err(Failure { kind: FailureKind::Mismatch, message });
+    }
+    Ok(summary(&now, None))
+}
+
+/// Makes the directories down to `path` in an empty layer, each as the layers below have it, and opens the last.
+fn make_way(root: &OwnedFd, path: &Path, lower: &Lower) -> io::Result<OwnedFd> {
+    let mut fd = super::tree::open_dir(root.as_fd(), c".")?;
+    let mut so_far = Vec::new();
+    for name in path.components() {
+        use std::os::unix::ffi::OsStrExt as _;
+        let bytes = name.as_os_str().as_bytes();
+        if !so_far.is_empty() {
+            so_far.push(b'/');
+        }
+        so_far.extend_from_slice(bytes);
+        let name = std::ffi::CString::new(bytes)?;
+        mkdirat(&fd, &name, Mode::RWXU)?;
+        let next = super::tree::open_dir(fd.as_fd(), &name)?;
+        let below = lower.find(&so_far);
+        let mode = below.map_or(0o755, |below| below.mode & 0o7777);
+        let owner = below.map_or((0, 0), |below| below.owner);
+        rustix::fs::fchown(&next, Some(Uid::from_raw(owner.0)), Some(Gid::from_raw(owner.1)))?;
+        rustix::fs::fchmod(&next, Mode::from_raw_mode(mode))?;
+        fd = next;
+    }
+    Ok(fd)
 }
 
 fn describe(source: &Path, manifest: &Path, before: Option<&Path>, lower: &[PathBuf]) -> Result<Summary, Failure> {

@@ -43,6 +43,19 @@ pub enum Job {
         /// What is copied must be what this says.
         manifest: Option<PathBuf>,
     },
+    /// Copy one directory as a bot sees it, which has no process, to an empty layer on another image, in place of what that has there.
+    Carry {
+        /// The root of the bot's file system.
+        source: PathBuf,
+        /// The directory, relative to that.
+        path: PathBuf,
+        /// The new layer's own directory.
+        dest: PathBuf,
+        /// See `Take`.
+        stage: PathBuf,
+        /// The layers below the new one, the top one first.
+        lower: Vec<PathBuf>,
+    },
     /// Read a layer that nobody changes, and write its manifest.
     Describe {
         /// The layer's own directory.

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, BufRead as _, BufReader, BufWriter, Write as _};
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
 use base64::Engine as _;
@@ -11,7 +11,7 @@ use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 
 use super::take::Take;
-use super::tree::{Content, Facts, Tree, open_dir, open_root, read, walk, xattrs};
+use super::tree::{Content, Facts, Inode, Tree, open_dir, open_root, read, walk, xattrs};
 
 /// One path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +83,8 @@ impl Manifest {
     /// Of what was taken.
     pub fn of(tree: &Tree, take: &Take) -> io::Result<Self> {
         let content = |facts: &Facts| {
-            let known = take.known(facts.ino).ok_or_else(|| io::Error::other("a file of the layer was not read"))?;
+            let known =
+                take.known(facts.inode()).ok_or_else(|| io::Error::other("a file of the layer was not read"))?;
             Ok(known.content.clone())
         };
         Self::build(tree, content)
@@ -91,10 +92,14 @@ impl Manifest {
 
     /// Of a layer that nobody changes, read now; `cold`: from the disk rather than from memory.
     pub fn read_layer(path: &Path, threads: usize, cold: bool) -> io::Result<Self> {
-        let root = open_root(path)?;
+        Self::read_at(open_root(path)?, threads, cold)
+    }
+
+    /// The same of a directory that is open already.
+    pub fn read_at(root: OwnedFd, threads: usize, cold: bool) -> io::Result<Self> {
         let Some(tree) = walk(root.as_fd(), threads, &|| false)? else { return Ok(Self::default()) };
-        let mut contents: HashMap<u64, Content> = HashMap::new();
-        contents.insert(tree.root.ino, Content { xattrs: xattrs(root.as_fd())?, ..Content::default() });
+        let mut contents: HashMap<Inode, Content> = HashMap::new();
+        contents.insert(tree.root.inode(), Content { xattrs: xattrs(root.as_fd())?, ..Content::default() });
         // As in a walk, but each directory is opened by the way from the root: descriptors are few, trees are deep.
         for (number, directory) in tree.dirs.iter().enumerate() {
             let mut way = Vec::new();
@@ -110,16 +115,16 @@ impl Manifest {
                 fd = open_dir(fd.as_fd(), name)?;
             }
             for entry in &directory.entries {
-                if contents.contains_key(&entry.facts.ino) {
+                if contents.contains_key(&entry.facts.inode()) {
                     continue;
                 }
                 let vanished = || io::Error::other(format!("{:?} changed while it was read", entry.name));
                 let (_, content) = read(fd.as_fd(), &entry.name, &entry.facts, cold, None)?.ok_or_else(vanished)?;
-                contents.insert(entry.facts.ino, content);
+                contents.insert(entry.facts.inode(), content);
             }
         }
         let unread = || io::Error::other("a file of the layer was not read");
-        Self::build(&tree, |facts| contents.get(&facts.ino).cloned().ok_or_else(unread))
+        Self::build(&tree, |facts| contents.get(&facts.inode()).cloned().ok_or_else(unread))
     }
 
     fn build(tree: &Tree, mut content: impl FnMut(&Facts) -> io::Result<Content>) -> io::Result<Self> {
@@ -137,17 +142,17 @@ impl Manifest {
         }
         items.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         // Names in this layer: an inode may have others that are none of it.
-        let mut names: HashMap<u64, u64> = HashMap::new();
+        let mut names: HashMap<Inode, u64> = HashMap::new();
         for (_, facts) in &items {
-            *names.entry(facts.ino).or_default() += 1;
+            *names.entry(facts.inode()).or_default() += 1;
         }
-        let mut first: HashMap<u64, String> = HashMap::new();
+        let mut first: HashMap<Inode, String> = HashMap::new();
         let mut manifest = Self::default();
         for (path, facts) in items {
             let content = content(&facts)?;
             let path = escape(&path);
-            let several = names.get(&facts.ino).is_some_and(|names| *names > 1) && !facts.is_whiteout();
-            let same = several.then(|| first.entry(facts.ino).or_insert_with(|| path.clone()).clone());
+            let several = names.get(&facts.inode()).is_some_and(|names| *names > 1) && !facts.is_whiteout();
+            let same = several.then(|| first.entry(facts.inode()).or_insert_with(|| path.clone()).clone());
             if same.as_ref().is_none_or(|same| *same == path) {
                 manifest.on_disk += facts.on_disk;
             }
@@ -174,6 +179,14 @@ impl Manifest {
             });
         }
         Ok(manifest)
+    }
+
+    /// The same, but for an attribute of the root that was put there on purpose.
+    pub fn without_root_attribute(mut self, name: &str) -> Self {
+        if let Some(root) = self.items.first_mut() {
+            root.xattrs.remove(name);
+        }
+        self
     }
 
     /// Paths that are no directories.

@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, unlinkat};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::tree::{Content, Entry, Facts, Hasher, Tree, data, open_dir, read, walk};
+use super::tree::{Content, Entry, Facts, Hasher, Inode, Tree, data, open_dir, read, walk};
 
 /// How often is copied ahead once more although the rest would fit, to make the freeze shorter.
 const FINER: u32 = 2;
@@ -120,7 +120,7 @@ pub struct Round {
 pub struct Take {
     source: OwnedFd,
     stage: Stage,
-    known: HashMap<u64, Known>,
+    known: HashMap<Inode, Known>,
 }
 
 /// Where copies are kept until they are put in place.
@@ -200,6 +200,11 @@ impl Take {
         Ok(Self { source, stage: Stage::new(stage)?, known: HashMap::new() })
     }
 
+    /// The same of a directory that is open already.
+    pub fn of(source: OwnedFd, stage: &Path) -> io::Result<Self> {
+        Ok(Self { source, stage: Stage::new(stage)?, known: HashMap::new() })
+    }
+
     /// Copies ahead what is new or may have changed, while the bot writes.
     pub fn ahead(&mut self) -> io::Result<Round> {
         let mark = Mark::now();
@@ -209,7 +214,7 @@ impl Take {
         let walked = began.elapsed();
         let round = self.read_all(&tree, mark, false, &|| false)?;
         // What has no name any more takes room only.
-        let named: std::collections::HashSet<u64> = inodes(&tree).collect();
+        let named: std::collections::HashSet<Inode> = inodes(&tree).collect();
         let stage = &self.stage;
         self.known.retain(|ino, known| {
             let keep = named.contains(ino);
@@ -234,7 +239,7 @@ impl Take {
     }
 
     /// What was read of an inode.
-    pub fn known(&self, ino: u64) -> Option<&Known> {
+    pub fn known(&self, ino: Inode) -> Option<&Known> {
         self.known.get(&ino)
     }
 
@@ -251,18 +256,18 @@ impl Take {
             known.is_some_and(|known| !known.mark.is_void(&now) && keeps(&known.facts, &known.mark, facts))
         };
         // The root itself.
-        if !keep(self.known.get(&tree.root.ino), &tree.root) {
+        if !keep(self.known.get(&tree.root.inode()), &tree.root) {
             let content = Content { xattrs: super::tree::xattrs(self.source.as_fd())?, ..Content::default() };
-            self.known.insert(tree.root.ino, Known { facts: tree.root, mark, content, staged: None });
+            self.known.insert(tree.root.inode(), Known { facts: tree.root, mark, content, staged: None });
         }
         let mut seen = std::collections::HashSet::new();
         for (number, directory) in tree.dirs.iter().enumerate() {
             let wanted: Vec<&Entry> = directory
                 .entries
                 .iter()
-                .filter(|entry| !keep(self.known.get(&entry.facts.ino), &entry.facts))
+                .filter(|entry| !keep(self.known.get(&entry.facts.inode()), &entry.facts))
                 // Under the freeze an inode with several names is read once.
-                .filter(|entry| entry.facts.links < 2 || entry.dir.is_some() || seen.insert(entry.facts.ino))
+                .filter(|entry| entry.facts.links < 2 || entry.dir.is_some() || seen.insert(entry.facts.inode()))
                 .collect();
             if wanted.is_empty() {
                 continue;
@@ -296,7 +301,7 @@ impl Take {
                     round.bytes += moved;
                 }
                 let known = Known { facts, mark, content, staged: copied.map(|(number, _)| number) };
-                if let Some(number) = self.known.insert(facts.ino, known).and_then(|old| old.staged) {
+                if let Some(number) = self.known.insert(facts.inode(), known).and_then(|old| old.staged) {
                     self.stage.remove(number);
                 }
             }
@@ -328,15 +333,15 @@ impl Take {
     }
 }
 
-fn inodes(tree: &Tree) -> impl Iterator<Item = u64> {
-    let all = tree.dirs.iter().flat_map(|directory| directory.entries.iter().map(|entry| entry.facts.ino));
-    all.chain([tree.root.ino])
+fn inodes(tree: &Tree) -> impl Iterator<Item = Inode> {
+    let all = tree.dirs.iter().flat_map(|directory| directory.entries.iter().map(|entry| entry.facts.inode()));
+    all.chain([tree.root.inode()])
 }
 
 /// Whether a tree has a file whose data is missing: a walk and a reading that did not see the same.
 pub fn is_complete(tree: &Tree, take: &Take) -> bool {
     let there = |facts: &Facts| {
-        take.known(facts.ino).is_some_and(|known| {
+        take.known(facts.inode()).is_some_and(|known| {
             known.facts.kind() == facts.kind() && (facts.kind() != FileType::RegularFile || known.staged.is_some())
         })
     };
@@ -431,6 +436,5 @@ mod tests {
         let tree = take.rest(2, &|| false).unwrap().unwrap();
         assert!(is_complete(&tree, &take));
         assert!(take.rest(2, &|| true).unwrap().is_none());
-        io::stdout().flush().unwrap();
     }
 }

@@ -46,7 +46,15 @@ pub struct Facts {
     pub ctime: (i64, i64),
 }
 
+/// Device and number: what tells an inode from all others.
+pub type Inode = (u64, u64);
+
 impl Facts {
+    /// What tells its inode from all others.
+    pub fn inode(&self) -> Inode {
+        (self.dev, self.ino)
+    }
+
     fn of(stat: &rustix::fs::Stat) -> Self {
         Self {
             mode: stat.st_mode,

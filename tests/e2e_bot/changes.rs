@@ -239,19 +239,19 @@ async fn orders_are_carried_out_once_and_only_new_ones() {
     assert_ne!(status(&anew).task, status(&first).task, "{}", summary(&anew));
     let process = life(pid(&anew));
 
-    // A new rollback can't be done yet. That was passed over in silence.
+    // A new rollback to a version that there is not can't be done. That was passed over in silence.
     for phase in [Phase::Running, Phase::Stopped] {
         stage
             .edit("web", json!({"operatingMode": format!("{phase:?}"), "rollback": {"id": "two", "toVersion": 3}}))
             .await;
-        let told = stage.says("web", phase, "SnapshotsUnsupported").await;
+        let told = stage.says("web", phase, "RollbackFailed").await;
         let words = message(&told, ConditionType::Ready);
         assert!(words.contains("spec.rollback") && words.contains("two"), "{words}");
         assert_eq!(says(&told, ConditionType::Stalled).unwrap().0, "True");
         assert_eq!(status(&told).rollback.as_ref().unwrap().id, "one", "what was not done is not claimed");
         if phase == Phase::Running {
             assert_eq!(life(pid(&told)), process);
-            stage.told_once("web", "SnapshotsUnsupported").await;
+            stage.told_once("web", "RollbackFailed").await;
         }
         let mended = stage.edited("web", json!({"rollback": null}), phase).await;
         assert_eq!(says(&mended, ConditionType::Ready).unwrap().0, "True", "{}", summary(&mended));

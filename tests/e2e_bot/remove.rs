@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use berth::api::bot_container::{DeletionPolicy, Kept, Phase};
+use berth::api::BotSnapshot;
+use berth::api::bot_container::{DeletionPolicy, Phase};
+use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::ConditionType;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
@@ -244,33 +246,30 @@ fn pid_of(bot: &berth::api::BotContainer) -> Option<i64> {
 
 /// `deletionPolicy: Retain` promises the files, and they were removed like any others.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_to_be_retained_stays_until_the_policy_is_another() {
+async fn what_is_to_be_retained_becomes_a_version_and_what_never_ran_leaves_nothing() {
     let stage = Stage::set("retain").await;
     let before = stage.warmed().await;
     let keep = |bot: BotBuilder| bot.with(|spec| spec.deletion_policy = DeletionPolicy::Retain);
     let web = stage.runs(keep(bot("web"))).await;
     stage.ready(keep(bot("idle").stopped())).await;
     for name in ["web", "idle"] {
-        stage.ns.bots().delete(name, &DeleteParams::default()).await.unwrap();
+        stage.ns.delete(name, SOON).await;
     }
-    let told = stage.says("web", Phase::Terminating, "SnapshotsUnsupported").await;
-    assert_eq!(says(&told, ConditionType::Stalled).unwrap().0, "True", "{}", summary(&told));
-    assert!(message(&told, ConditionType::Ready).contains("spec.deletionPolicy"), "what helps: {}", summary(&told));
-    assert_eq!(status(&told).kept, Some(Kept::Files));
-    stage.told_once("web", "SnapshotsUnsupported").await;
     assert!(!alive(pid(&web)));
-    let left = stage.agent.leaks();
-    let counts = ["tasks", "addresses", "containers", "snapshots"].map(|name| left.count(name) - before.count(name));
-    assert_eq!(counts, [0, 0, 1, 1], "what never ran has nothing to keep, what ran its files: {left:?}");
-    assert!(stage.ns.bots().get_opt("idle").await.unwrap().is_none());
-
-    stage.edit("web", json!({"deletionPolicy": "Delete"})).await;
-    wait_for("web gone", SOON, || async {
-        match stage.ns.bots().get_opt("web").await.unwrap() {
-            None => Ok(()),
-            Some(bot) => Err(summary(&bot)),
+    let snapshots: kube::Api<BotSnapshot> = stage.ns.api();
+    let kept = wait_for("one version Ready", SOON, || async {
+        let all = snapshots.list(&Default::default()).await.unwrap().items;
+        let ready = |s: &BotSnapshot| s.status.as_ref().is_some_and(|s| s.phase == Some(SnapshotPhase::Ready));
+        match all.as_slice() {
+            [one] if ready(one) => Ok(one.clone()),
+            other => Err(format!("{other:?}")),
         }
     })
     .await;
+    assert_eq!(kept.spec.bot_container_name, "web");
+    let left = stage.agent.leaks();
+    let counts = ["tasks", "addresses", "containers", "snapshots"].map(|name| left.count(name) - before.count(name));
+    assert_eq!(counts, [0, 0, 0, 1], "{left:?}");
+    snapshots.delete(kept.metadata.name.as_ref().unwrap(), &DeleteParams::default()).await.unwrap();
     stage.agent.nothing_left_since(&before, SOON).await;
 }

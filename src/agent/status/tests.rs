@@ -305,8 +305,7 @@ fn rows() -> Vec<Row> {
             edited(|r| {
                 r.aside = Some(crate::agent::record::Aside {
                     layer: "l2".into(),
-                    rollback: "r1".into(),
-                    snapshot: "v1".into(),
+                    for_: crate::agent::record::AsideFor::Rollback { id: "r1".into(), snapshot: "v1".into() },
                     complete: true,
                 });
             }),

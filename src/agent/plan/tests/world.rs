@@ -13,11 +13,12 @@ use crate::agent::desired::{Alive, Desired, Goal, Keep, Rollback, Target, desire
 use crate::agent::labels::next_layer;
 use crate::agent::observe::{Attached, Container, Layer, Observed, Output, Task};
 use crate::agent::plan::{KILL_AGAIN, Next, State, plan};
-use crate::agent::record::{Aside, BACKOFF_MAX, Ending, Life, Record};
+use crate::agent::record::{Aside, AsideFor, BACKOFF_MAX, Ending, Life, Record};
 use crate::agent::step::{Parts, Step};
 use crate::agent::version::Version;
 use crate::api::BotContainer;
 use crate::api::bot_container::{DeletionPolicy, NetworkMode, RestartPolicy};
+use crate::api::bot_snapshot::{SnapshotPhase, SnapshotSource, automatic_name, image_change_cause};
 use crate::api::condition::Reason;
 
 pub const UID: &str = "2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11";
@@ -142,6 +143,17 @@ impl Ask {
                     Kept::As => Keep::As(version(format!("by-r{number}"), 100 + number)),
                 },
             })));
+        }
+        if self.keep == Kept::As {
+            // Whatever layer it moves from, and to whatever image.
+            let names = (0..8).flat_map(|image| (1..40).map(move |layer| (image, layer))).map(|(image, layer)| {
+                let cause =
+                    image_change_cause(&format!("registry.example/bot:{image}"), &format!("berth-{UID}.{layer}"));
+                automatic_name("web", UID, SnapshotSource::PreImageChange, &cause)
+            });
+            static NAMES: std::sync::OnceLock<Vec<(String, SnapshotPhase)>> = std::sync::OnceLock::new();
+            let ready = || names.map(|name| (name, SnapshotPhase::Ready)).collect();
+            desired.before_image.clone_from(NAMES.get_or_init(ready));
         }
         if self.mode == Mode::Retained && self.keep == Kept::As {
             desired.preserve = Some(version("last".into(), 200));
@@ -309,6 +321,12 @@ impl World {
             // A bot that goes back begins anew there.
             self.may_run_again = true;
         }
+        if let (Goal::Alive(alive), Some(record)) = (&desired.goal, self.record())
+            && record.image != alive.image.to_string()
+        {
+            // And so does one on another image.
+            self.may_run_again = true;
+        }
         match &next {
             Next::Do(Step::Remove(parts)) if parts.layer => {
                 assert!(
@@ -392,7 +410,7 @@ impl World {
             (Goal::Alive(alive), _, state) => {
                 let Some(record) = record else { panic!("alive without a container: {state:?}") };
                 let fresh = record.is_for(alive);
-                let other_image = record.image != alive.image.to_string();
+                let other_image = self.has_layer() && record.image != alive.image.to_string();
                 match state {
                     State::Running => {
                         !alive.paused
@@ -408,7 +426,8 @@ impl World {
                     }
                     State::Paused { .. } => alive.paused && fresh && no_process,
                     State::RestartPending => {
-                        alive.paused && (!fresh || desired.rollback.is_some()) && matches!(task, Task::Paused { .. })
+                        let waits = !fresh || other_image || desired.rollback.is_some();
+                        alive.paused && waits && matches!(task, Task::Paused { .. })
                     }
                     // Asked for in the place of what it was settled in.
                     State::WaitingForSnapshot => true,
@@ -424,7 +443,7 @@ impl World {
                                 RestartPolicy::Never => true,
                             }
                     }
-                    State::ImageChange => other_image,
+                    State::ImageChange => false,
                     _ => false,
                 }
             }
@@ -432,6 +451,10 @@ impl World {
         };
         let right = right && self.rolled_back(state, desired);
         assert!(right, "{state:?} is not what {:?} asks for: {:#?}\n{:#?}", desired.goal, self.observed, self.trace);
+    }
+
+    fn has_layer(&self) -> bool {
+        self.observed.layer.as_ref().is_some_and(|layer| !layer.filling)
     }
 
     /// Whether a rollback that is asked for is done, or is where it has to wait.
@@ -442,9 +465,18 @@ impl World {
             _ => None,
         };
         let rolls = matches!(desired.goal, Goal::Alive(_) | Goal::Stopped { .. });
+        let moves = match &desired.goal {
+            Goal::Alive(alive) => self.has_layer() && record.image != alive.image.to_string(),
+            _ => false,
+        };
         match (state, asked) {
             (State::WaitingForSnapshot, Some(target)) => target.keep == Keep::Awaited,
-            (State::WaitingForSnapshot, None) => false,
+            (State::WaitingForSnapshot, None) => moves && desired.before_image.is_empty(),
+            (State::Running | State::Paused { .. } | State::Completed | State::Failed | State::BackOff, None)
+                if moves =>
+            {
+                false
+            }
             (State::RestartPending, _) => true,
             (_, Some(_)) if rolls => false,
             (State::Running | State::Paused { .. } | State::Stopped, None) => {
@@ -515,6 +547,33 @@ impl World {
                 self.note(record.settled())
             }
             Step::CopyAside => self.copy_aside(desired),
+            Step::PullAside => {
+                let record = self.ours()?;
+                let image = alive(desired)?.image.to_string();
+                let aside = Aside {
+                    layer: next_layer(&desired.id, &record.layer),
+                    for_: AsideFor::Image { digest: format!("sha256:{image}"), image, chain_id: "sha256:chain".into() },
+                    complete: false,
+                };
+                self.note(Record { aside: Some(aside), ..record })
+            }
+            Step::CarryData => self.carry_data(),
+            Step::SwitchBack => {
+                let record = self.ours()?;
+                let replaced = record.replaced.clone().ok_or(Ended::Failed("nothing was replaced"))?;
+                assert_eq!(self.observed.task, Task::Absent, "a layer is switched under a task");
+                let Some(old) = self.spare.get(&replaced.layer).cloned() else {
+                    assert!(!self.lawful || self.robbed, "the layer to go back to is gone: {:#?}", self.trace);
+                    self.note(Record { replaced: None, ..record })?;
+                    return Err(Ended::Failed("gone"));
+                };
+                self.note(record.moved(&old, self.now))?;
+                self.spare.remove(&old.key);
+                if let Some(left) = self.observed.layer.replace(old) {
+                    self.spare.insert(left.key.clone(), left);
+                }
+                Ok(())
+            }
             Step::DropAside => {
                 let record = self.ours()?;
                 let aside = record.aside.clone().ok_or(Ended::Failed("nothing beside"))?;
@@ -555,25 +614,42 @@ impl World {
         let record = self.ours()?;
         let Some(Rollback::To(target)) = &desired.rollback else { return Err(Ended::Failed("no rollback")) };
         let key = next_layer(&desired.id, &record.layer);
-        let aside = Aside {
-            layer: key.clone(),
-            rollback: target.id.clone(),
-            snapshot: target.version.uid.clone(),
-            complete: false,
-        };
+        let for_ = AsideFor::Rollback { id: target.id.clone(), snapshot: target.version.uid.clone() };
+        let aside = Aside { layer: key.clone(), for_, complete: false };
         self.note(Record { aside: Some(aside.clone()), ..record.clone() })?;
         self.may()?;
         let like = self.observed.layer.clone().unwrap_or_else(|| layer(0));
-        let made = Layer { key: key.clone(), version: Some(target.version.number), filling: true, ..like };
+        // What a version stands on is the image that is asked for: others are refused.
+        let image = match &desired.goal {
+            Goal::Alive(alive) => alive.image.to_string(),
+            _ => like.image.clone(),
+        };
+        let made = Layer { key: key.clone(), image, version: Some(target.version.number), filling: true, ..like };
         self.spare.insert(key.clone(), made.clone());
         self.may()?;
         self.spare.insert(key, Layer { filling: false, ..made });
         self.note(Record { aside: Some(Aside { complete: true, ..aside }), ..record })
     }
 
+    fn carry_data(&mut self) -> Done {
+        let record = self.ours()?;
+        let aside = record.aside.clone().ok_or(Ended::Failed("nothing beside"))?;
+        let AsideFor::Image { image, digest, .. } = &aside.for_ else { return Err(Ended::Failed("not an image")) };
+        assert_eq!(self.observed.task, Task::Absent, "data is carried from under a task");
+        self.may()?;
+        let (image, digest) = (image.clone(), digest.clone());
+        let made = Layer { key: aside.layer.clone(), image, digest, filling: true, ..layer(0) };
+        self.spare.insert(made.key.clone(), made.clone());
+        self.may()?;
+        if self.observed.layer.is_none() {
+            return Err(Ended::Failed("no layer"));
+        }
+        self.spare.insert(made.key.clone(), Layer { filling: false, ..made });
+        self.note(Record { aside: Some(Aside { complete: true, ..aside }), ..record })
+    }
+
     fn switch_layer(&mut self, desired: &Desired) -> Done {
         let record = self.ours()?;
-        let Some(Rollback::To(target)) = &desired.rollback else { return Err(Ended::Failed("no rollback")) };
         let aside = record.aside.clone().ok_or(Ended::Failed("nothing beside"))?;
         let Some(new) = self.spare.get(&aside.layer).filter(|layer| !layer.filling).cloned() else {
             self.note(Record { aside: None, ..record })?;
@@ -581,8 +657,14 @@ impl World {
         };
         assert_eq!(self.observed.task, Task::Absent, "a layer is switched under a task");
         assert!(record.replaced.is_none(), "a layer that was replaced is forgotten: {:#?}", self.trace);
-        assert_ne!(target.keep, Keep::Awaited, "what is replaced has no number to be kept under");
-        let switched = record.switched(&new, target, self.now);
+        let switched = match (&aside.for_, &desired.rollback) {
+            (AsideFor::Rollback { .. }, Some(Rollback::To(target))) => {
+                assert_ne!(target.keep, Keep::Awaited, "what is replaced has no number to be kept under");
+                record.switched(&new, target, self.now)
+            }
+            (AsideFor::Image { .. }, _) => record.moved(&new, self.now),
+            _ => return Err(Ended::Failed("no rollback")),
+        };
         self.note(switched)?;
         self.spare.remove(&new.key);
         if let Some(old) = self.observed.layer.replace(new) {
@@ -667,8 +749,9 @@ impl World {
             Effect::Layer => {
                 let image = alive(desired)?.image.to_string();
                 let digest = format!("sha256:{image}");
+                let key = self.record().map_or_else(|| layer(0).key, |record| record.layer.clone());
                 // Preparing a key that exists is no error and changes nothing.
-                self.observed.layer.get_or_insert(Layer { image, digest, ..layer(0) });
+                self.observed.layer.get_or_insert(Layer { image, digest, key, ..layer(0) });
             }
             Effect::HalfNetwork => self.observed.network = Attached::Partial,
             Effect::Loopback => self.observed.network = Attached::Ready { ips: vec![] },
