@@ -99,6 +99,7 @@ use observe::Observer;
 use publish::Publisher;
 use run::{Bot, Listed, Loops, Nudge, Shared};
 use shim::Shims;
+use snapshot::sweep::VersionSweeper;
 use snapshot::{Snapshots, Takers};
 use sweep::Sweeper;
 use version::Versions;
@@ -308,16 +309,10 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let mut takers = Takers::default();
     let mut debts_at = tokio::time::interval(DEBTS);
     debts_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut sweeper = Some(Sweeper::new(
-        client,
-        containerd,
-        network,
-        output,
-        shims,
-        shared.actor.versions.clone(),
-        vec![args.snapshotter.clone()],
-        args.orphan_grace(),
-    ));
+    let versions = shared.actor.versions.clone();
+    let snapshotters = vec![args.snapshotter.clone()];
+    let versions = VersionSweeper::new(client.clone(), versions, snapshotters, args.orphan_grace());
+    let mut sweeper = Some(Sweeper::new(client, containerd, network, output, shims, versions));
     let mut sweeping = tokio::task::JoinSet::new();
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
     let mut calm_at = Instant::now() + STIRRED;

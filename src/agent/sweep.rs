@@ -35,7 +35,6 @@ use super::run::Shared;
 use super::shim::{LEFTOVERS, Patience, Shims};
 use super::snapshot::sweep::VersionSweeper;
 use super::step::Step;
-use super::version::Versions;
 
 /// How often is looked.
 pub const EVERY: Duration = Duration::from_secs(180);
@@ -102,18 +101,16 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// `grace` is how long an orphan is left alone after it was first found.
+    /// Bots are looked for where versions are, and left alone for as long.
     pub fn new(
         client: Client,
         containerd: Containerd,
         network: Network,
         output: Output,
         shims: Shims,
-        versions: Versions,
-        snapshotters: Vec<String>,
-        grace: Duration,
+        versions: VersionSweeper,
     ) -> Self {
-        let versions = VersionSweeper::new(client.clone(), versions, snapshotters.clone(), grace);
+        let (snapshotters, grace) = (versions.snapshotters.clone(), versions.grace);
         Self { client, containerd, network, output, shims, snapshotters, versions, grace, since: BTreeMap::new() }
     }
 

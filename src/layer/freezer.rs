@@ -173,7 +173,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         // Nobody is left in it, and then it is gone: a debt on it is paid all the same.
-        fs::write(&path, serde_json::to_vec(&[cgroup.clone()]).unwrap()).unwrap();
+        fs::write(&path, serde_json::to_vec(std::slice::from_ref(&cgroup)).unwrap()).unwrap();
         fs::remove_dir(&cgroup).unwrap();
         assert_eq!(settle_debts(dir.path()).unwrap(), ["the-bot"]);
         fs::write(&path, "").unwrap();

@@ -50,7 +50,7 @@ impl Mark {
         };
         let coarse = clock_gettime(ClockId::RealtimeCoarse);
         let ahead = nanos(ClockId::Realtime) - nanos(ClockId::Monotonic);
-        Self { at: (coarse.tv_sec, i64::try_from(coarse.tv_nsec).unwrap_or(0)), ahead }
+        Self { at: (coarse.tv_sec, coarse.tv_nsec), ahead }
     }
 
     /// Whether the wall clock was set back since: then a change may bear a time from before it.

@@ -287,13 +287,16 @@ pub struct Content {
     pub digest: Option<[u8; 32]>,
 }
 
+/// Takes the data of a file of so many bytes, and gives its digest.
+pub type Sink<'a> = &'a mut dyn FnMut(&File, u64) -> io::Result<[u8; 32]>;
+
 /// Reads what a name is: `sink` gets the data of a regular file. `None` where it is not any more what `facts` says.
 pub fn read(
     dir: BorrowedFd<'_>,
     name: &CStr,
     facts: &Facts,
     cold: bool,
-    sink: Option<&mut dyn FnMut(&File, u64) -> io::Result<[u8; 32]>>,
+    sink: Option<Sink<'_>>,
 ) -> io::Result<Option<(Facts, Content)>> {
     // O_PATH opens nothing: a device or a pipe is not touched by being looked at.
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;

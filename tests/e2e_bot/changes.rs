@@ -76,8 +76,6 @@ async fn what_costs_nothing_leaves_the_process_alone() {
         assert_eq!(life(pid(&after)), process, "{what}");
         assert_eq!(says(&after, ConditionType::Ready), Some(("True", "AsAsked")), "{what}: {}", summary(&after));
         assert_eq!(status(&after).task, status(&before).task, "{what}");
-        let warned = message(&after, ConditionType::Ready).contains("spec.snapshotPolicy.schedule has no effect");
-        assert_eq!(warned, after.spec.snapshot_policy.is_some(), "{what}: backups that are not made are no secret");
     }
     // Labels are not even a new generation.
     stage.cluster.kubectl(["label", "-n", stage.ns.name(), "bot/web", "team=a"]);
@@ -132,17 +130,17 @@ async fn limits_reach_the_running_process() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_image_change_is_told_and_the_bot_runs_on_until_it_is_taken_back() {
+async fn an_image_that_can_not_be_had_is_told_and_the_bot_runs_on_until_it_is_taken_back() {
     let stage = Stage::set("image").await;
     let before = stage.runs(bot("web").sh(WAITS)).await;
     let process = life(pid(&before));
     let other = stage.cluster.image().replace(":1", ":2");
     let after = {
         stage.edit("web", json!({"image": other})).await;
-        stage.says("web", Phase::Running, "ImageChangeFailed").await
+        stage.says("web", Phase::Running, "ImageNotFound").await
     };
     assert_eq!(life(pid(&after)), process);
-    assert_eq!(says(&after, ConditionType::Stalled).unwrap().0, "True");
+    assert_eq!(says(&after, ConditionType::Reconciling).unwrap().0, "True");
     assert_eq!(status(&after).image.as_ref().unwrap().reference, stage.cluster.image(), "what runs is told");
     let back = stage.edited("web", json!({"image": stage.cluster.image()}), Phase::Running).await;
     assert_eq!(says(&back, ConditionType::Ready).unwrap().0, "True");

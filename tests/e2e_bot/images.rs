@@ -24,7 +24,7 @@ fn digest(bot: &BotContainer) -> String {
 }
 
 /// Pushes the demo's bot with another greeting: an image of other bytes under the same name.
-fn push_another(image: &str) {
+pub fn push_another(image: &str) {
     let dir = tempfile::tempdir().unwrap();
     for file in ["bot", "push"] {
         std::fs::copy(Path::new("images/demo-bot").join(file), dir.path().join(file)).unwrap();

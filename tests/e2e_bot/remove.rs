@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use berth::api::BotSnapshot;
 use berth::api::bot_container::{DeletionPolicy, Phase};
 use berth::api::bot_snapshot::SnapshotPhase;
-use berth::api::condition::ConditionType;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::json;
 
 use crate::common::{BotBuilder, SOON, bot, summary, wait_for};
-use crate::stage::{DEAF, Stage, alive, life, message, moment, page, pid, read_in, says, status, uid};
+use crate::stage::{DEAF, Stage, alive, life, message, moment, page, pid, read_in, uid};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {

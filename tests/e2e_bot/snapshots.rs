@@ -1,6 +1,7 @@
 //! BotSnapshots: taken of a bot in whatever state, numbered, read back, gone back to, kept and forked.
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use berth::api::bot_container::{DeletionPolicy, Phase, RestoreFrom, RestorePolicy};
 use berth::api::bot_snapshot::{ChangeKind, Consistency, SnapshotPhase, SnapshotSource, Taken};
@@ -10,8 +11,9 @@ use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::common::{SOON, bot, summary, wait_for};
-use crate::stage::{Stage, WAIT, life, message, path_in, pid, read_in, says, status, uid};
+use crate::common::{SOON, bot, run, summary, wait_for};
+use crate::images::push_another;
+use crate::stage::{Stage, WAIT, life, message, page, path_in, pid, read_in, says, status, uid};
 
 impl Stage {
     fn snapshots(&self) -> Api<BotSnapshot> {
@@ -350,7 +352,10 @@ async fn a_schedule_takes_what_is_due_once_and_keeps_the_last() {
     .await;
     let scheduled = || async {
         let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
-        let mut all: Vec<_> = all.into_iter().filter(|s| told(s).source == Some(SnapshotSource::Scheduled)).collect();
+        let mut all: Vec<_> = all
+            .into_iter()
+            .filter(|s| s.status.as_ref().is_some_and(|s| s.source == Some(SnapshotSource::Scheduled)))
+            .collect();
         all.sort_by_key(|s| told(s).version);
         all
     };
@@ -388,4 +393,61 @@ async fn a_schedule_takes_what_is_due_once_and_keeps_the_last() {
     records.patch(&record.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
     stage.no_snapshot(&first).await;
     stage.snapshot("by-hand", SnapshotPhase::Ready).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bot_moves_to_another_image_with_its_data_and_back() {
+    let stage = Stage::set("snap-image").await;
+    let image = |tag: &str| format!("{}/berth/{}:{tag}", stage.cluster.env("BERTH_REGISTRY"), stage.ns.name());
+    run(Command::new("images/demo-bot/push").arg(image("1")));
+    push_another(&image("2"));
+    let web = stage.runs(bot("web").image(image("1"))).await;
+    assert!(page(&web).await.starts_with("I am web, started 1 time"));
+    write_in(&web, "/data/deep/er/file", "data");
+    write_in(&web, "/etc/of-the-bot", "not data");
+    let plain = path_in(&web, "/data/deep/er/file");
+    std::fs::set_permissions(&plain, std::os::unix::fs::PermissionsExt::from_mode(0o604)).unwrap();
+    std::os::unix::fs::chown(&plain, Some(77), Some(88)).unwrap();
+    let facts = |path: &PathBuf| {
+        use std::os::unix::fs::MetadataExt as _;
+        let meta = std::fs::metadata(path).unwrap();
+        (meta.mode(), meta.uid(), meta.gid(), meta.mtime(), meta.mtime_nsec(), std::fs::read(path).unwrap())
+    };
+    let was = facts(&plain);
+
+    stage.edit("web", json!({"image": image("2")})).await;
+    let moved = stage.ns.ready("web", SOON).await;
+    assert_eq!(status(&moved).phase, Some(Phase::Running), "{}", summary(&moved));
+    assert_eq!(status(&moved).image.as_ref().map(|i| i.reference.clone()), Some(image("2")));
+    assert!(page(&moved).await.starts_with("Also I am web, started 2 time"), "{}", page(&moved).await);
+    assert_eq!(facts(&path_in(&moved, "/data/deep/er/file")), was);
+    assert!(!path_in(&moved, "/etc/of-the-bot").exists(), "the layer is another");
+    assert_eq!(status(&moved).network, status(&web).network, "IP kept");
+    let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let [before] = all.as_slice() else { panic!("{all:?}") };
+    assert_eq!((told(before).version, told(before).source), (Some(1), Some(SnapshotSource::PreImageChange)));
+    let kept = stage.files_of(before);
+    assert_eq!(std::fs::read_to_string(kept.join("etc/of-the-bot")).unwrap(), "not data");
+    let id = status(&moved).container_id.clone().unwrap();
+    let layers = stage.agent.ctr(["snapshots", "ls"]);
+    assert!(!layers.contains(&format!("{id}.1")), "the old layer is left: {layers}");
+
+    // An image that can't be had leaves the bot as it is.
+    let running = life(pid(&moved));
+    stage.edit("web", json!({"image": image("none")})).await;
+    let told_so = stage.says("web", Phase::Running, "ImageNotFound").await;
+    assert_eq!(life(pid(&told_so)), running, "{}", summary(&told_so));
+    stage.edit("web", json!({"image": image("2")})).await;
+    let bot = stage.ns.ready("web", SOON).await;
+    assert_eq!(life(pid(&bot)), running);
+
+    // One on which it can't start: its data is where it was, and comes back with the image.
+    write_in(&bot, "/etc/of-the-second", "its own");
+    stage.edit("web", json!({"image": image("1"), "command": ["/no/such/program"]})).await;
+    stage.ns.phase("web", Phase::BackOff, SOON).await;
+    stage.edit("web", json!({"image": image("2"), "command": null})).await;
+    let back = stage.ns.ready("web", SOON).await;
+    assert_eq!(facts(&path_in(&back, "/data/deep/er/file")), was);
+    assert!(path_in(&back, "/etc/of-the-second").exists(), "the very layer that it left");
+    assert!(page(&back).await.starts_with("Also I am web"));
 }

@@ -67,6 +67,10 @@ enum Way {
     RolledBare,
     /// A rollback that waits, since the bot is paused, is withdrawn.
     Withdrawn,
+    /// Running, with another image.
+    Moved,
+    /// On another image on which it can't start, and back.
+    MovedBack,
     /// Deleted under `Retain` while running.
     Retained,
     /// A new bot of a botId that left a version.
@@ -119,6 +123,8 @@ fn way(effect: Effect) -> Way {
         | Effect::ReplacedCommit
         | Effect::ReplacedNote => Way::Rolled,
         Effect::ReplacedRemove => Way::RolledBare,
+        Effect::PullAsideNote | Effect::CarryPrepare | Effect::CarryCopy | Effect::CarryNote => Way::Moved,
+        Effect::SwitchBackNote => Way::MovedBack,
         Effect::AsideRemove | Effect::AsideForget => Way::Withdrawn,
         Effect::PreserveTaken | Effect::PreserveCommit => Way::Retained,
         Effect::RestoreCopy => Way::Restored,
@@ -163,6 +169,11 @@ fn rolled(bot: BotBuilder, snapshot: &str, keep: bool) -> BotBuilder {
 }
 
 impl Scene {
+    /// An image of the same contents as the demo's, under another name.
+    fn other_image(&self) -> String {
+        format!("{}/berth/other-{}:1", self.cluster.env("BERTH_REGISTRY"), self.ns.name())
+    }
+
     async fn snapshot(&self, name: &str) {
         let snapshot = BotSnapshot::new(&version(name), BotSnapshotSpec::of(name));
         self.ns.api::<BotSnapshot>().create(&PostParams::default(), &snapshot).await.unwrap();
@@ -235,6 +246,17 @@ impl Scene {
                 }
                 Some(bot)
             }
+            Way::Moved | Way::MovedBack => {
+                let bot = self.apply(base(way, name)).await;
+                self.phase(name, Phase::Running).await;
+                self.started(&bot, 1).await;
+                if way == Way::MovedBack {
+                    let next = base(way, name).image(self.other_image()).command(["/no/such/program"]);
+                    self.apply(next).await;
+                    self.phase(name, Phase::Failed).await;
+                }
+                Some(bot)
+            }
             Way::Restored => {
                 let bot = self.apply(base(way, name)).await;
                 self.phase(name, Phase::Running).await;
@@ -271,6 +293,8 @@ impl Scene {
             | Way::RolledBare
             | Way::Restored => self.apply(next).await,
             Way::Withdrawn => self.apply(next.paused()).await,
+            Way::Moved => self.apply(next.image(self.other_image())).await,
+            Way::MovedBack => self.apply(next).await,
             Way::Snapshotted => {
                 self.snapshot(name).await;
                 bot.unwrap().clone()
@@ -399,6 +423,14 @@ impl Scene {
                 assert_eq!(bot.status.as_ref().unwrap().rollback.as_ref().unwrap().version, Some(1), "{point}");
                 self.versions(if way == Way::Rolled { 2 } else { 1 }, point).await;
             }
+            Way::Moved | Way::MovedBack => {
+                let seen = self.ns.ready(name, SOON).await;
+                self.started(bot, 2).await;
+                starts(2);
+                let image = seen.status.unwrap().image.unwrap().reference;
+                assert_eq!(image == self.other_image(), way == Way::Moved, "{point}: {image}");
+                self.versions(if way == Way::Moved { 1 } else { 2 }, point).await;
+            }
             Way::Withdrawn => {
                 self.ns.ready(name, SOON).await;
                 starts(1);
@@ -463,10 +495,14 @@ const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ende
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
 const SNAPSHOT: &[Way] = &[Way::Snapshotted, Way::SnapshotDeleted];
 const ROLLBACK: &[Way] = &[Way::Rolled, Way::RolledBare, Way::Withdrawn];
+const MOVE: &[Way] = &[Way::Moved, Way::MovedBack];
 const KEPT: &[Way] = &[Way::Retained, Way::Restored];
 
 async fn points(name: &str, ways: &[Way]) {
     let mut scene = Scene::new_with(name, &[("BERTH_ORPHAN_GRACE_SECONDS", "1")]).await;
+    if ways.contains(&Way::Moved) {
+        scene.warm(&scene.other_image()).await;
+    }
     for point in Point::all().filter(|point| ways.contains(&way(point.effect))) {
         let began = std::time::Instant::now();
         scene.point(point).await;
@@ -506,13 +542,18 @@ async fn an_agent_killed_at_any_point_of_a_rollback_ends_on_the_old_layer_or_the
 }
 
 #[tokio::test]
+async fn an_agent_killed_at_any_point_of_a_change_of_the_image_carries_the_data_over() {
+    points("move", MOVE).await;
+}
+
+#[tokio::test]
 async fn an_agent_killed_at_any_point_of_keeping_and_restoring_loses_nothing() {
     points("kept", KEPT).await;
 }
 
 #[test]
 fn no_point_is_left_out() {
-    let walked = [UP, CHANGE, END, DELETION, SNAPSHOT, ROLLBACK, KEPT].concat();
+    let walked = [UP, CHANGE, END, DELETION, SNAPSHOT, ROLLBACK, MOVE, KEPT].concat();
     for point in Point::all() {
         assert!(walked.contains(&way(point.effect)), "{point}");
     }

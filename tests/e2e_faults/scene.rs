@@ -13,7 +13,7 @@ use berth::api::bot_container::Phase;
 use berth::api::ids::BotUid;
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use crate::common::{Agent, BotBuilder, Cluster, Controller, Leaks, Namespace, SOON, bot, wait_for};
+use crate::common::{Agent, BotBuilder, Cluster, Controller, Leaks, Namespace, SOON, bot, run, wait_for};
 use crate::proxy::Proxy;
 
 /// Held for reading by tests that need the servers, for writing by those that take them down.
@@ -89,6 +89,15 @@ impl Scene {
         scene.ns.delete("warm", SOON).await;
         scene.before = Some(scene.agent.leaks());
         scene
+    }
+
+    /// Pushes the demo's image under another name as well, has it on the node, and counts anew.
+    pub async fn warm(&mut self, image: &str) {
+        run(std::process::Command::new("images/demo-bot/push").arg(image));
+        self.apply(counting("warm-too").image(image)).await;
+        self.ns.ready("warm-too", SOON).await;
+        self.ns.delete("warm-too", SOON).await;
+        self.before = Some(self.agent.leaks());
     }
 
     /// Applies a bot on this node.

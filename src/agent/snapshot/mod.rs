@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::bot_snapshot::{SnapshotPhase, Taken as TakenState};
+use crate::api::bot_snapshot::{Export, SnapshotPhase, Taken as TakenState};
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::BotUid;
 use crate::api::{BotContainer, BotSnapshot};
@@ -247,7 +247,12 @@ impl Taker {
                         if step != Step::Verify {
                             continue;
                         }
-                        self.tell(&snapshot, Verdict::ready()).await
+                        let mut verdict = Verdict::ready();
+                        if snapshot.spec.export == Export::OCI {
+                            // Nobody may rely on what is not made.
+                            verdict.message.push_str("; spec.export has no effect: this Berth makes no OCI layers yet");
+                        }
+                        self.tell(&snapshot, verdict).await
                     }
                     Err(StepFailed::Quit) => continue,
                     Err(error) => {

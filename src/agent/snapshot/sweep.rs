@@ -23,8 +23,10 @@ use super::super::version::Versions;
 pub struct VersionSweeper {
     client: Client,
     versions: Versions,
-    snapshotters: Vec<String>,
-    grace: Duration,
+    /// Where there may be versions and layers.
+    pub snapshotters: Vec<String>,
+    /// How long what has no object is left alone after it was first found.
+    pub grace: Duration,
     since: BTreeMap<String, Instant>,
 }
 

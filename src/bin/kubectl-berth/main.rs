@@ -1,13 +1,16 @@
 //! `kubectl berth`: Berth's objects for people. Reads only, with the rights of whoever calls it.
 
+mod versions;
+
 use std::io::Write as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use berth::api::condition::Reason;
-use berth::api::{BotContainer, BotContainerStatus};
+use berth::api::{BotContainer, BotContainerStatus, BotSnapshot};
 use clap::{Parser, Subcommand};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::api::ListParams;
 use kube::config::KubeConfigOptions;
 use kube::{Api, Client, Config};
 
@@ -34,6 +37,16 @@ enum Question {
         /// Name of the BotContainer.
         name: String,
     },
+    /// What a bot's layer stands on, with its versions, as a tree.
+    Lineage {
+        /// Name of the BotContainer.
+        name: String,
+    },
+    /// The versions of a namespace or of one bot, what they cost on disk, and who holds what was deleted.
+    Snapshots {
+        /// Name of the BotContainer; all of them without it.
+        name: Option<String>,
+    },
     /// What each reason of a condition means. Asks no cluster.
     Reasons,
 }
@@ -43,7 +56,7 @@ fn main() -> ExitCode {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let text = match &command.question {
         Question::Reasons => Ok(reasons()),
-        Question::Explain { name } => ask(&command, name),
+        question => ask(&command, question),
     };
     match text {
         Ok(text) => {
@@ -58,21 +71,39 @@ fn main() -> ExitCode {
     }
 }
 
-fn ask(command: &Command, name: &str) -> anyhow::Result<String> {
+fn ask(command: &Command, question: &Question) -> anyhow::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("can't start tokio")?;
     runtime.block_on(async {
         let options = KubeConfigOptions { context: command.context.clone(), ..KubeConfigOptions::default() };
         let config = Config::from_kubeconfig(&options).await.context("no usable kubeconfig; set KUBECONFIG")?;
         let namespace = command.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = Client::try_from(config).context("no way to the API server")?;
-        let bots: Api<BotContainer> = Api::namespaced(client, &namespace);
-        let bot = bots
-            .get_opt(name)
-            .await
-            .with_context(|| format!("can't read BotContainer {namespace}/{name}"))?
-            .with_context(|| format!("there is no BotContainer {name} in the namespace {namespace}"))?;
-        Ok(explain(&bot))
+        let bots: Api<BotContainer> = Api::namespaced(client.clone(), &namespace);
+        let snapshots: Api<BotSnapshot> = Api::namespaced(client, &namespace);
+        let all = async || {
+            let list = snapshots.list(&ListParams::default()).await;
+            list.map(|list| list.items).with_context(|| format!("can't list the BotSnapshots of {namespace}"))
+        };
+        match question {
+            Question::Explain { name } => Ok(explain(&bot(&bots, &namespace, name).await?)),
+            Question::Lineage { name } => Ok(versions::lineage(&bot(&bots, &namespace, name).await?, &all().await?)),
+            Question::Snapshots { name } => {
+                let list = bots.list(&ListParams::default()).await;
+                let bots = list.with_context(|| format!("can't list the BotContainers of {namespace}"))?.items;
+                let mut all = all().await?;
+                all.retain(|snapshot| name.as_ref().is_none_or(|name| snapshot.spec.bot_container_name == *name));
+                Ok(versions::table(&all, &bots))
+            }
+            Question::Reasons => Ok(reasons()),
+        }
     })
+}
+
+async fn bot(bots: &Api<BotContainer>, namespace: &str, name: &str) -> anyhow::Result<BotContainer> {
+    bots.get_opt(name)
+        .await
+        .with_context(|| format!("can't read BotContainer {namespace}/{name}"))?
+        .with_context(|| format!("there is no BotContainer {name} in the namespace {namespace}"))
 }
 
 /// Every reason with its advice.
