@@ -37,6 +37,16 @@ enum Part {
     },
     /// Place bots on nodes, hold their finalizers and records, watch over nodes. Several may run; one leads.
     Controller(ControllerArgs),
+    /// List all that changed between two versions of this node. A version is named NAMESPACE/BOTSNAPSHOT.
+    Diff {
+        /// The older one.
+        before: String,
+        /// The newer one.
+        now: String,
+        /// The agent's folder.
+        #[arg(long, env = "BERTH_STATE_DIR", value_name = "DIR", default_value = "/var/lib/berth")]
+        state_dir: PathBuf,
+    },
     /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
     Agent(Box<AgentArgs>),
 }
@@ -52,6 +62,7 @@ fn main() -> ExitCode {
     let command = Command::parse();
     let done = match command.part {
         Part::Crds { dir } => write_crds(dir),
+        Part::Diff { before, now, state_dir } => diff(&before, &now, &state_dir),
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(args, stop))
         }
@@ -90,6 +101,32 @@ where
         });
         part(stop).await
     })
+}
+
+fn diff(before: &str, now: &str, state_dir: &std::path::Path) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let find = |named: &str| -> anyhow::Result<PathBuf> {
+        let wanted = named.split_once('/').with_context(|| format!("{named} must be NAMESPACE/BOTSNAPSHOT"))?;
+        let dir = state_dir.join("snapshots");
+        let entries =
+            std::fs::read_dir(&dir).with_context(|| format!("can't read {}; is this a node?", dir.display()))?;
+        for entry in entries.flatten() {
+            let taken = std::fs::read(entry.path().join("taken.json")).unwrap_or_default();
+            let taken: Option<berth::agent::version::Taken> = serde_json::from_slice(&taken).ok();
+            if taken.is_some_and(|taken| (taken.version.namespace.as_str(), taken.version.name.as_str()) == wanted) {
+                return Ok(entry.path().join("manifest"));
+            }
+        }
+        anyhow::bail!(
+            "there is no version of BotSnapshot {named} on this node; `kubectl get bsnap -o wide` tells where it is"
+        )
+    };
+    let (before, now) = (find(before)?, find(now)?);
+    match berth::layer::diff(&before, &now, &mut std::io::stdout().lock()) {
+        // A closed pipe (`berth diff … | head`) is no error of ours.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        done => done.context("can't compare the manifests"),
+    }
 }
 
 fn write_crds(dir: Option<PathBuf>) -> anyhow::Result<()> {

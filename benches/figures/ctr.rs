@@ -131,6 +131,34 @@ impl Ctr {
         futures::future::try_join_all(ends).await.map(drop)
     }
 
+    /// What the old system did for a snapshot: stop, commit the layer, prepare one on top, start. How long the container was away.
+    /// `fill` gets its process, and puts into it what is to be committed.
+    pub async fn old_snapshot(
+        &self,
+        id: &str,
+        fill: impl FnOnce(i32) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Duration> {
+        let id = id.to_owned();
+        self.job(move |place| {
+            place.run(&id)?;
+            fill(place.pid(&id)?.as_raw_nonzero().get())?;
+            let began = Instant::now();
+            place.end_task(&id)?;
+            place.ctr(&["snapshots", "commit", &format!("{id}-version"), &id])?;
+            place.ctr(&["snapshots", "prepare", &format!("{id}-next"), &format!("{id}-version")])?;
+            place.ctr(&["containers", "delete", "--keep-snapshot", &id])?;
+            // It makes a layer of its own besides, which takes a millisecond.
+            place.run(&id)?;
+            let took = began.elapsed();
+            place.end(&id)?;
+            for layer in [format!("{id}-next"), format!("{id}-version")] {
+                place.ctr(&["snapshots", "remove", &layer])?;
+            }
+            Ok(took)
+        })
+        .await
+    }
+
     /// Removes what `hack/cluster down` does not know of: the bridge, and the parent cgroup of the containers.
     pub async fn leave(self) -> anyhow::Result<()> {
         self.job(|place| {
@@ -173,6 +201,14 @@ impl Place {
 
     /// TERM as a person would, then all that is left; the time until the task was gone, and until all was.
     fn end(&self, id: &str) -> anyhow::Result<(Duration, Duration)> {
+        let began = Instant::now();
+        let stop = self.end_task(id)?;
+        self.ctr(&["containers", "delete", id])?;
+        Ok((stop, began.elapsed()))
+    }
+
+    /// TERM, until the task is gone.
+    fn end_task(&self, id: &str) -> anyhow::Result<Duration> {
         let pid = self.pid(id)?;
         let process = pidfd_open(pid, PidfdFlags::empty()).context("the peer's process is gone")?;
         let began = Instant::now();
@@ -184,9 +220,7 @@ impl Place {
         while let Err(error) = self.ctr(&["tasks", "delete", id]) {
             anyhow::ensure!(began.elapsed() < Duration::from_secs(30), "{error:#}");
         }
-        let stop = began.elapsed();
-        self.ctr(&["containers", "delete", id])?;
-        Ok((stop, began.elapsed()))
+        Ok(began.elapsed())
     }
 
     fn pid(&self, id: &str) -> anyhow::Result<Pid> {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! bots.rs     ours: apply, and a watch that says when      server.rs   writes, as the API server counts them
+//! versions.rs ours: freezes, rollbacks, what is kept
 //! ctr.rs      the peer: `ctr` on the same containerd       machine.rs  processes and machine, as the kernel tells
 //! report.rs   percentiles, the table, report.json
 //! ```
@@ -15,6 +16,7 @@ mod ctr;
 mod machine;
 mod report;
 mod server;
+mod versions;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -31,6 +33,7 @@ use ctr::{Ctr, Life};
 use machine::{Machine, Part};
 use report::{Better, Figure, Samples};
 use server::Writes;
+use versions::Versions;
 
 /// Lives of one bot that are thrown away: the first starts fill caches on both sides.
 const WARM_UP: usize = 3;
@@ -59,6 +62,8 @@ struct Place {
     binary: PathBuf,
     containerd: String,
     image: String,
+    /// Where the agent keeps bots' output.
+    logs: PathBuf,
 }
 
 impl Place {
@@ -71,12 +76,13 @@ impl Place {
             binary: Path::new(&var("BERTH_BENCH_BINARY")?).canonicalize()?,
             containerd: var("CONTAINERD_ADDRESS")?,
             image: format!("{}/berth/demo-bot:1", var("BERTH_REGISTRY")?),
+            logs: var("BERTH_BENCH_LOGS")?.into(),
         })
     }
 }
 
 /// The groups of figures.
-const GROUPS: [&str; 4] = ["lives", "bursts", "writes", "rest"];
+const GROUPS: [&str; 6] = ["lives", "bursts", "writes", "rest", "freezes", "keeps"];
 
 /// What of them is measured: those that the command line names, else all.
 struct Asked(Vec<String>);
@@ -117,7 +123,14 @@ async fn main() -> anyhow::Result<()> {
     if asked.has("bursts") {
         figures.extend(bursts(&bots, &ctr).await?);
     }
+    let versions = Versions::new(&place.client, namespace, &place.image, &place.logs);
+    if asked.has("freezes") {
+        figures.extend(versions::freeze_figures(&versions, &ctr, &place.containerd).await?);
+    }
     ctr.leave().await?;
+    if asked.has("keeps") {
+        figures.extend(versions::keep_figures(&versions).await?);
+    }
     if asked.has("writes") {
         figures.extend(writes_of_starts(&place, &bots).await?);
     }

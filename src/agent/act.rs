@@ -347,7 +347,8 @@ impl Actor {
         // is read at each start.
         let hold = async {
             let lease = around(Effect::PrepareLease, self.ensure_lease(id)).await?;
-            let content = Resource { id: image.digest.clone(), r#type: "content".to_owned() };
+            let digest = start.as_ref().map_or(&image.digest, |(_, start)| &start.digest);
+            let content = Resource { id: digest.clone(), r#type: "content".to_owned() };
             let layer = Resource { id: key.clone(), r#type: format!("snapshots/{}", work.desired.snapshotter) };
             for resource in [content, layer] {
                 let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
@@ -831,7 +832,7 @@ impl Actor {
         match &replaced.keep {
             Some(version) => {
                 let stands = Stands { image: &replaced.image, digest: &replaced.digest, at: replaced.at };
-                let effects = (Effect::ReplacedTaken, Effect::ReplacedCommit);
+                let effects = [Effect::ReplacedTaken, Effect::ReplacedHold, Effect::ReplacedCommit];
                 match self.commit_in_place(snapshotter, &replaced.layer, version, stands, effects).await {
                     // By somebody's hand. The bot must not wait for ever for what can't come back; its snapshot says so.
                     Err(StepError::Version(VersionError::Missing { name })) => {
@@ -853,7 +854,7 @@ impl Actor {
         let version = work.desired.preserve.as_ref().ok_or(StepError::Changed("the version has no number"))?;
         let snapshotter = work.record().map_or(&work.desired.snapshotter, |record| &record.snapshotter);
         let stands = Stands { image: &layer.image, digest: &layer.digest, at: Timestamp::now() };
-        let effects = (Effect::PreserveTaken, Effect::PreserveCommit);
+        let effects = [Effect::PreserveTaken, Effect::PreserveHold, Effect::PreserveCommit];
         self.commit_in_place(snapshotter, &layer.key, version, stands, effects).await
     }
 
@@ -864,7 +865,7 @@ impl Actor {
         key: &str,
         version: &Version,
         stands: Stands<'_>,
-        (note, commit): (Effect, Effect),
+        [note, hold, commit]: [Effect; 3],
     ) -> Result<(), StepError> {
         let Some(info) = self.versions.stat(snapshotter, key).await.map_err(StepError::Runtime)? else {
             let name = version.runtime_name();
@@ -874,6 +875,7 @@ impl Actor {
             };
         };
         let taken = Taken {
+            version: version.clone(),
             taken_at: stands.at,
             frozen_millis: 0,
             taken: crate::api::bot_snapshot::Taken::Stopped,
@@ -887,6 +889,7 @@ impl Actor {
         };
         around(note, async { self.versions.note(&version.uid, &taken) }).await.map_err(StepError::Version)?;
         let (name, labels) = (version.runtime_name(), version.labels(stands.image, stands.digest));
+        around(hold, self.versions.hold(&name, stands.digest)).await.map_err(StepError::Runtime)?;
         let done = self.versions.commit(snapshotter, key, &name, labels);
         around(commit, done).await.map_err(StepError::Runtime)
     }

@@ -19,6 +19,9 @@ use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
     StatSnapshotRequest, UpdateSnapshotRequest, ViewSnapshotRequest,
 };
+use containerd_client::services::v1::{
+    AddResourceRequest, CreateRequest as CreateLeaseRequest, DeleteRequest as DeleteLeaseRequest, Resource,
+};
 use containerd_client::types::Mount;
 use jiff::Timestamp;
 use prost_types::FieldMask;
@@ -80,6 +83,8 @@ impl Version {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Taken {
+    /// Whose it is.
+    pub version: Version,
     /// The instant that it holds.
     pub taken_at: Timestamp,
     /// How long the bot was frozen for it. Milliseconds.
@@ -382,6 +387,29 @@ impl Versions {
         }
     }
 
+    /// Keeps the collector from what a version needs besides its layers: the config of its image, which whatever is started from it
+    /// reads. A lease of the version's name. Safe twice.
+    pub async fn hold(&self, name: &str, digest: &str) -> Result<(), CallFailed> {
+        let create = CreateLeaseRequest { id: name.to_owned(), labels: HashMap::new() };
+        let created = self.containerd.leases().create(self.containerd.request(create)).await;
+        match created.call("create lease", name) {
+            Err(error) if error.is_already_exists() => {}
+            done => drop(done?),
+        }
+        let content = Resource { id: digest.to_owned(), r#type: "content".to_owned() };
+        let add = AddResourceRequest { id: name.to_owned(), resource: Some(content) };
+        let added = self.containerd.leases().add_resource(self.containerd.request(add)).await;
+        added.call("add to lease", name).map(|_| ())
+    }
+
+    async fn let_go(&self, name: &str) -> Result<(), CallFailed> {
+        let request = DeleteLeaseRequest { id: name.to_owned(), sync: false };
+        match self.containerd.leases().delete(self.containerd.request(request)).await.call("delete lease", name) {
+            Err(error) if error.is_not_found() => Ok(()),
+            done => done.map(|_| ()),
+        }
+    }
+
     /// Removes a layer, if it is there.
     pub async fn remove(&self, snapshotter: &str, key: &str) -> Result<(), CallFailed> {
         let request = RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
@@ -394,6 +422,8 @@ impl Versions {
 
     /// Frees a version's bytes, or, where a fork stands on it, notes that they go with the last of these. Whether they went.
     pub async fn release(&self, snapshotter: &str, name: &str) -> Result<bool, CallFailed> {
+        // Forks have leases of their own.
+        self.let_go(name).await?;
         match self.remove(snapshotter, name).await {
             Ok(()) => Ok(true),
             Err(error) if error.status.code() == Code::FailedPrecondition => {

@@ -129,6 +129,7 @@ reasons! {
     SnapshotCorrupt => "What was committed is not what was copied; the message says where. It is kept as evidence until the BotSnapshot is deleted. Look after the node's disk, and take another.",
     SnapshotFailed => "The version could not be made; the message says why. Take another.",
     SnapshotLost => "What the version is made of is gone from containerd; delete the BotSnapshot.",
+    NamespaceTerminating => "The namespace is being deleted, so the bot's last version can't be made in it; set spec.deletionPolicy to Delete to let its files go.",
     Thawed => "A bot that a snapshot had frozen was thawed, since its copier had been killed.",
     TooManyChanges => "The bot changes faster than it can be copied; raise spec.maxFreezeMillis in another BotSnapshot, or use consistency Stopped.",
     DeadlineExceeded => "It could not be finished within spec.failureDeadlineSeconds; the message says what it waited for.",

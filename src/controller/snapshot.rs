@@ -432,10 +432,25 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
             keep(context, made);
             Ok(())
         }
+        Err(Error::Forbidden { source, .. }) if is_ending(&source) => {
+            let note = "the namespace is being deleted, and nothing can be made in it any more, so no BotSnapshot either: \
+                        the bot's files stay on its node as they are; set spec.deletionPolicy to Delete to let them go";
+            let reason = Reason::NamespaceTerminating;
+            let once = namespace.clone();
+            context.events.send(Note::warning(bot.object_ref(&()), reason, "Snapshot", note.to_owned(), once));
+            Ok(())
+        }
         // Made before, by us or a leader before us.
         Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Whether the API server refused since the namespace is being deleted.
+fn is_ending(error: &kube::Error) -> bool {
+    let kube::Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")
 }
 
 /// What `spec.snapshotPolicy` asks for: makes the snapshot that is due, and removes those that are surplus.

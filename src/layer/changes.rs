@@ -27,9 +27,16 @@ pub struct Below {
     pub owner: (u32, u32),
 }
 
-/// Compares `now` with the version before; `None`: with what is below. `below` tells what a path is there.
-pub fn changes(before: Option<&Manifest>, now: &Manifest, mut below: impl FnMut(&[u8]) -> Option<Below>) -> Changes {
-    let mut found: Vec<(Vec<u8>, ChangeKind, u64)> = Vec::new();
+/// One path that changed, how, and the bytes that it has now.
+pub type Change = (Vec<u8>, ChangeKind, u64);
+
+/// Compares `now` with the version before; `None`: with what is below. `below` tells what a path is there. Sorted by path.
+pub fn compare(
+    before: Option<&Manifest>,
+    now: &Manifest,
+    mut below: impl FnMut(&[u8]) -> Option<Below>,
+) -> Vec<Change> {
+    let mut found: Vec<Change> = Vec::new();
     let empty = Manifest::default();
     let old: BTreeMap<&str, &Item> =
         before.unwrap_or(&empty).items.iter().map(|item| (item.path.as_str(), item)).collect();
@@ -72,6 +79,12 @@ pub fn changes(before: Option<&Manifest>, now: &Manifest, mut below: impl FnMut(
         }
     }
     found.sort_by(|(a, ..), (b, ..)| a.cmp(b));
+    found
+}
+
+/// The same in numbers, with the first paths.
+pub fn changes(before: Option<&Manifest>, now: &Manifest, below: impl FnMut(&[u8]) -> Option<Below>) -> Changes {
+    let found = compare(before, now, below);
     let count = |wanted| i64::try_from(found.iter().filter(|(_, kind, _)| *kind == wanted).count()).unwrap_or(i64::MAX);
     let bytes = found.iter().fold(0_u64, |sum, (_, _, bytes)| sum.saturating_add(*bytes));
     Changes {

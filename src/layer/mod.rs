@@ -20,6 +20,7 @@ mod assemble;
 mod changes;
 pub mod copier;
 mod copiers;
+mod diff;
 mod freezer;
 mod job;
 mod manifest;
@@ -27,5 +28,6 @@ mod take;
 mod tree;
 
 pub use copiers::{CopierError, Copiers, Copy};
+pub use diff::diff;
 pub use freezer::settle_debts;
 pub use job::{Failure, FailureKind, Hold, Job, Said, Summary};

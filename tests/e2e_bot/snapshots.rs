@@ -129,6 +129,17 @@ async fn a_running_bot_is_snapshotted_without_being_ended() {
     assert_eq!(said("/data/b"), Some(ChangeKind::Added), "{changes:?}");
     assert_eq!(said("/etc/of-the-bot"), Some(ChangeKind::Removed), "{changes:?}");
     assert_eq!(std::fs::read_to_string(files.join("data/a/one")).unwrap(), "1", "a version never changes");
+    // All of it on the node, for people.
+    let diff = Command::new(env!("CARGO_BIN_EXE_berth"))
+        .args(["diff", &format!("{}/first", stage.ns.name()), &format!("{}/second", stage.ns.name())])
+        .env("BERTH_STATE_DIR", stage.agent.env("BERTH_STATE_DIR"))
+        .output()
+        .unwrap();
+    let told_all = String::from_utf8(diff.stdout).unwrap();
+    assert!(diff.status.success(), "{}", String::from_utf8_lossy(&diff.stderr));
+    for line in ["Modified /data/a/one\n", "Added    /data/b\n", "Removed  /etc/of-the-bot\n"] {
+        assert!(told_all.contains(line), "{told_all}");
+    }
     let bot = stage.ns.until("web", "lastVersion 2", SOON, |bot| status(bot).last_version == Some(2)).await;
     assert_eq!(status(&bot).current_version, None);
     assert_eq!(life(pid(&bot)), began);

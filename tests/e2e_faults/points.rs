@@ -120,17 +120,19 @@ fn way(effect: Effect) -> Way {
         | Effect::AsideNoteDone
         | Effect::SwitchNote
         | Effect::ReplacedTaken
+        | Effect::ReplacedHold
         | Effect::ReplacedCommit
         | Effect::ReplacedNote => Way::Rolled,
         Effect::ReplacedRemove => Way::RolledBare,
         Effect::PullAsideNote | Effect::CarryPrepare | Effect::CarryCopy | Effect::CarryNote => Way::Moved,
         Effect::SwitchBackNote => Way::MovedBack,
         Effect::AsideRemove | Effect::AsideForget => Way::Withdrawn,
-        Effect::PreserveTaken | Effect::PreserveCommit => Way::Retained,
+        Effect::PreserveTaken | Effect::PreserveHold | Effect::PreserveCommit => Way::Retained,
         Effect::RestoreCopy => Way::Restored,
         Effect::SnapshotPrepare
         | Effect::SnapshotCopy
         | Effect::SnapshotFreeze
+        | Effect::SnapshotHold
         | Effect::SnapshotCommit
         | Effect::SnapshotStatus => Way::Snapshotted,
         Effect::SnapshotRemoveCopy | Effect::SnapshotRemove => Way::SnapshotDeleted,

@@ -496,6 +496,7 @@ impl Taker {
         let (taken_at, frozen_millis, state) =
             instant_taken.ok_or(StepFailed::Changed("the copier ended before it took anything"))?;
         let taken = Taken {
+            version: wanted.version.clone(),
             taken_at,
             frozen_millis,
             taken: state,
@@ -509,6 +510,7 @@ impl Taker {
         };
         versions.note(&self.uid, &taken)?;
         let (name, labels) = (wanted.version.runtime_name(), wanted.version.labels(&layer.image, &layer.digest));
+        around(Effect::SnapshotHold, versions.hold(&name, &layer.digest)).await?;
         let commit = versions.commit(snapshotter, &copy_key, &name, labels);
         around(Effect::SnapshotCommit, commit).await?;
         Ok(())
@@ -588,6 +590,7 @@ impl Taker {
         // What was noted when it was committed; where that is lost, what containerd knows.
         let made = || info.created_at.as_ref().and_then(super::observe::timestamp).unwrap_or_else(Timestamp::now);
         let noted = versions.taken(&self.uid).unwrap_or_else(|| Taken {
+            version: wanted.version.clone(),
             taken_at: made(),
             frozen_millis: 0,
             taken: TakenState::Stopped,

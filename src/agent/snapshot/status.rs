@@ -119,6 +119,13 @@ mod tests {
 
     fn taken() -> Taken {
         Taken {
+            version: super::super::super::version::Version {
+                uid: "su".into(),
+                name: "before".into(),
+                namespace: "team-a".into(),
+                bot_id: "web".into(),
+                number: 3,
+            },
             taken_at: at(50),
             frozen_millis: 41,
             taken: TakenState::Live,
