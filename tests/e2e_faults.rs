@@ -40,5 +40,7 @@ mod runtime;
 mod scene;
 #[path = "e2e_faults/servers.rs"]
 mod servers;
+#[path = "e2e_faults/snapshots.rs"]
+mod snapshots;
 #[path = "e2e_faults/storm.rs"]
 mod storm;

@@ -8,8 +8,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use berth::api::bot_container::{Phase, RestartPolicy};
+use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, Reason, find};
-use berth::api::{BotContainer, BotNode};
+use berth::api::{BotContainer, BotNode, BotSnapshot, BotSnapshotSpec};
 use kube::Api;
 use rustix::fs::FallocateFlags;
 
@@ -298,6 +299,23 @@ async fn a_full_disk_below_containerd_is_told_and_all_goes_on_when_there_is_room
         }
         assert!(small.metric("berth_agent_errors_total{reason=\"StorageFailed\"}").await > failed);
         assert!(alive(process), "{scarce:?}: the steady bot ended");
+        // A version is not half-made either, and is made once there is room.
+        let version = named("version");
+        let snapshots: Api<BotSnapshot> = small.ns.api();
+        let asked = BotSnapshot::new(&version, BotSnapshotSpec::of("steady"));
+        snapshots.create(&Default::default(), &asked).await.unwrap();
+        let told = |snapshot: BotSnapshot| {
+            let status = snapshot.status.unwrap_or_default();
+            let ready = find(&status.conditions, ConditionType::Ready).cloned();
+            (status.phase, ready.map(|c| c.reason).unwrap_or_default())
+        };
+        wait_for("the snapshot says that the disk is full", SOON, || async {
+            match told(snapshots.get(&version).await.unwrap()) {
+                (_, reason) if reason == "StorageFailed" => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
         // It waits, rather than tries all the time.
         let steps = small.metric("berth_agent_step_seconds_count").await;
         tokio::time::sleep(Duration::from_secs(2)).await;
@@ -309,6 +327,13 @@ async fn a_full_disk_below_containerd_is_told_and_all_goes_on_when_there_is_room
             small.phase(&named(name), Phase::Running).await;
             small.started(bot, 1).await;
         }
+        wait_for("the snapshot Ready", SOON, || async {
+            match told(snapshots.get(&version).await.unwrap()) {
+                (Some(SnapshotPhase::Ready), _) => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
         let seen = small.phase("edited", Phase::Running).await;
         let environ = fs::read(format!("/proc/{}/environ", pid(&seen))).unwrap();
         assert!(String::from_utf8_lossy(&environ).contains(&format!("ROUND={round}")), "{scarce:?}: not edited");

@@ -99,6 +99,7 @@ impl Takers {
             written: None,
             failures: 0,
             error: None,
+            retry_at: None,
             failed: None,
         };
         self.tasks.spawn(async move {
@@ -182,6 +183,8 @@ struct Taker {
     failures: u32,
     /// The last error of a step that is tried again.
     error: Option<String>,
+    /// When that is.
+    retry_at: Option<Instant>,
     /// A failure that is final, until the object says so itself.
     failed: Option<(Reason, String, bool)>,
 }
@@ -233,6 +236,11 @@ impl Taker {
                     return Pass::Wait(Some(Instant::now() + jittered(RETRY_FIRST * 2)));
                 }
             };
+            // Whoever wakes it meanwhile, our own write among them: it is tried again when its time has come.
+            if let Some(at) = self.retry_at.filter(|at| *at > Instant::now() && !wanted.deleted) {
+                return Pass::Wait(Some(at));
+            }
+            self.retry_at = None;
             let next = match &self.failed {
                 Some((reason, message, _)) if !wanted.deleted && wanted.phase != SnapshotPhase::Failed => {
                     Next::Fail { reason: *reason, message: message.clone() }
@@ -272,10 +280,19 @@ impl Taker {
                             continue;
                         }
                         self.failures += 1;
-                        self.error = Some(text);
+                        self.error = Some(text.clone());
+                        let phase = match step {
+                            Step::Take => SnapshotPhase::Copying,
+                            Step::Describe | Step::Verify => SnapshotPhase::Committing,
+                            Step::Clear | Step::Remove => SnapshotPhase::Deleting,
+                        };
+                        if step != Step::Clear {
+                            self.tell(&snapshot, Verdict::new(phase, reason, text)).await;
+                        }
                         let wait = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(8)).min(RETRY_MOST);
-                        let at = Instant::now() + jittered(wait);
-                        return Pass::Wait(Some(at.min(instant(wanted.deadline).max(Instant::now()))));
+                        let at = (Instant::now() + jittered(wait)).min(instant(wanted.deadline).max(Instant::now()));
+                        self.retry_at = Some(at);
+                        return Pass::Wait(Some(at));
                     }
                 },
                 Next::Wait { message, until } => {
@@ -399,7 +416,8 @@ impl Taker {
                 (SnapshotPhase::Deleting, Reason::Terminating, "the version is being removed")
             }
         };
-        if step != Step::Clear && !(step == Step::Remove) {
+        // A step that failed says why, until it is done.
+        if !matches!(step, Step::Clear | Step::Remove) && self.error.is_none() {
             self.tell(snapshot, Verdict::new(phase, reason, message)).await;
         }
         let quit = shared.stop.child_token();

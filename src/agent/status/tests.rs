@@ -249,10 +249,10 @@ fn rows() -> Vec<Row> {
             "Running | Ready=False InvalidImageName | Running=True Running | - | Stalled=True InvalidImageName",
         ),
         row(
-            "Another image leaves what runs as it is",
+            "Running: another image is asked for, and is being pulled",
             Ask { image: 1, env: 1, ..Ask::default() },
             running(),
-            "Running | Ready=False ImageChangeFailed | Running=True Running | - | Stalled=True ImageChangeFailed",
+            "Running | Ready=False ChangingImage | Running=True Running | - | Reconciling=True ChangingImage",
         ),
         Row {
             trouble: trouble(Step::UpdateLimits, Reason::RuntimeFailed, true),
