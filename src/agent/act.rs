@@ -1,7 +1,7 @@
 //! Does one [`Step`]; decides nothing. What is wanted was settled by the plan: here is only how it is done.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::fd::AsFd as _;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::{MountsRequest, RemoveSnapshotRequest};
@@ -23,22 +23,21 @@ use crate::api::condition::{Reason, chain, cut};
 use crate::api::ids::ContainerId;
 use crate::containerd::{CallContext, CallFailed, Containerd, LeaseId};
 use crate::image::{Credentials, Image, ImageError, Images};
-use crate::layer::Job;
 use crate::network::{Cidr, Network, NetworkError, Owner};
 use crate::output::{BotDirName, Output, OutputError};
 
 use super::bundle::{self, Bundle, BundleError};
-use super::desired::{Alive, Desired, Goal, Rollback, Target};
+use super::desired::{Alive, Desired, Goal};
 use super::failpoint::{Effect, around};
 use super::labels;
-use super::observe::{self, Observed, Task};
-use super::record::{Aside, AsideFor, Ending, Life, Record};
+use super::observe::{Observed, Task};
+use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
 use super::root;
 use super::shim::{PutAwayFailed, Shims};
 use super::skills::{self, SkillFailed, Skills};
 use super::step::{Parts, Step};
-use super::version::{Taken, Version, VersionError, Versions, is_filling, layers_of};
+use super::version::{VersionError, Versions, layers_of};
 
 /// Most of a process's last output that is kept with its end. Bytes.
 const LAST_OUTPUT: usize = 2048;
@@ -221,15 +220,15 @@ pub struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn id(&self) -> &ContainerId {
+    pub(super) fn id(&self) -> &ContainerId {
         &self.desired.id
     }
 
-    fn record(&self) -> Option<&Record> {
+    pub(super) fn record(&self) -> Option<&Record> {
         self.observed.record()
     }
 
-    fn alive(&self) -> Result<&Alive, StepError> {
+    pub(super) fn alive(&self) -> Result<&Alive, StepError> {
         match &self.desired.goal {
             Goal::Alive(alive) => Ok(alive),
             _ => Err(StepError::Changed("the bot is not to be alive")),
@@ -408,7 +407,7 @@ impl Actor {
     }
 
     /// The image as the pull policy says.
-    async fn image(&self, alive: &Alive, desired: &Desired) -> Result<Image, StepError> {
+    pub(super) async fn image(&self, alive: &Alive, desired: &Desired) -> Result<Image, StepError> {
         let failed = |source| StepError::Image { image: alive.image.to_string(), source };
         if alive.pull_policy != ImagePullPolicy::Always
             && let Some(image) = self.images.find(&alive.image, &desired.snapshotter).await.map_err(failed)?
@@ -543,7 +542,7 @@ impl Actor {
         done.map_err(StepError::Runtime)
     }
 
-    async fn mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>, CallFailed> {
+    pub(super) async fn mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>, CallFailed> {
         let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
         let answer = self.containerd.snapshots().mounts(self.containerd.request(request)).await;
         answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
@@ -687,211 +686,6 @@ impl Actor {
             around(Effect::SkillsNote, self.note(id, &Record { skills, ..record.clone() })).await?;
         }
         failed.map_or(Ok(()), |failed| Err(StepError::Skill(failed)))
-    }
-
-    // --- another layer ---
-
-    fn target<'w>(&self, work: &'w Work<'_>) -> Result<&'w Target, StepError> {
-        match &work.desired.rollback {
-            Some(Rollback::To(target)) => Ok(target),
-            _ => Err(StepError::Changed("no rollback is asked for")),
-        }
-    }
-
-    async fn copy_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let target = self.target(work)?;
-        let key = labels::next_layer(id, &record.layer);
-        let for_ = AsideFor::Rollback { id: target.id.clone(), snapshot: target.version.uid.clone() };
-        let aside = Aside { layer: key.clone(), for_, complete: false };
-        let noted = Record { aside: Some(aside.clone()), ..record.clone() };
-        if noted != *record {
-            around(Effect::AsideNote, self.note(id, &noted)).await?;
-        }
-        let name = target.version.runtime_name();
-        let info = self.versions.stat(&record.snapshotter, &name).await.map_err(StepError::Runtime)?;
-        let info = info.ok_or(StepError::Version(VersionError::Missing { name }))?;
-        let mut labels = labels::owner(work.desired);
-        for label in [labels::IMAGE, labels::IMAGE_DIGEST] {
-            labels.insert(label.to_owned(), info.labels.get(label).cloned().unwrap_or_default());
-        }
-        labels.insert(labels::VERSION.to_owned(), target.version.number.to_string());
-        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
-        let copy = self.versions.copy_out(&record.snapshotter, &target.version.uid, &key, labels);
-        around(Effect::AsideCopy, copy).await.map_err(StepError::Version)?;
-        let whole = Record { aside: Some(Aside { complete: true, ..aside }), ..record.clone() };
-        around(Effect::AsideNoteDone, self.note(id, &whole)).await
-    }
-
-    async fn drop_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let Some(aside) = &record.aside else { return Ok(()) };
-        let remove = self.versions.remove(&record.snapshotter, &aside.layer);
-        around(Effect::AsideRemove, remove).await.map_err(StepError::Runtime)?;
-        around(Effect::AsideForget, self.note(id, &Record { aside: None, ..record.clone() })).await
-    }
-
-    async fn pull_aside(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let image = self.image(work.alive()?, work.desired).await?;
-        let aside = Aside {
-            layer: labels::next_layer(id, &record.layer),
-            for_: AsideFor::Image { image: image.reference, digest: image.digest, chain_id: image.chain_id },
-            complete: false,
-        };
-        around(Effect::PullAsideNote, self.note(id, &Record { aside: Some(aside), ..record.clone() })).await
-    }
-
-    async fn carry_data(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let alive = work.alive()?;
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let old = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
-        let Some(Aside { layer: key, for_: AsideFor::Image { image, digest, chain_id }, .. }) = &record.aside else {
-            return Err(StepError::Changed("no image was pulled for another layer"));
-        };
-        let snapshotter = &record.snapshotter;
-        let runtime = StepError::Runtime;
-        self.versions.remove(snapshotter, key).await.map_err(runtime)?;
-        let mut labels = labels::owner(work.desired);
-        labels.insert(labels::IMAGE.to_owned(), image.clone());
-        labels.insert(labels::IMAGE_DIGEST.to_owned(), digest.clone());
-        labels.insert(labels::FILLING.to_owned(), old.key.clone());
-        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
-        let prepare = self.versions.prepare(snapshotter, key, chain_id, labels);
-        match around(Effect::CarryPrepare, prepare).await {
-            // The image was collected meanwhile, which nothing stood on: it is pulled again.
-            Err(error) if error.is_not_found() => {
-                self.note(id, &Record { aside: None, ..record.clone() }).await?;
-                return Err(StepError::Changed("the image is not there any more"));
-            }
-            done => done.map_err(runtime)?,
-        }
-        let content = Resource { id: digest.clone(), r#type: "content".to_owned() };
-        let hold = AddResourceRequest { id: LeaseId::from(id).as_str().to_owned(), resource: Some(content) };
-        let held = self.containerd.leases().add_resource(self.containerd.request(hold)).await;
-        held.call("add to lease", id.as_str()).map_err(runtime)?;
-        let dirs = self.versions.active_dirs(snapshotter, key).await.map_err(StepError::Version)?;
-        let mounts = self.mounts(snapshotter, &old.key).await.map_err(runtime)?;
-        // Open until the copier has ended, which reads through it.
-        let root = self.bundle.open_layer(&mounts, id).await.map_err(StepError::Bundle)?;
-        let job = Job::Carry {
-            source: format!("/proc/{}/fd/{}", std::process::id(), root.as_raw_fd()).into(),
-            path: alive.spec.data.path.trim_start_matches('/').into(),
-            stage: dirs.stage(),
-            dest: dirs.own,
-            lower: dirs.lower,
-        };
-        around(Effect::CarryCopy, self.versions.run(&job)).await.map_err(StepError::Version)?;
-        drop(root);
-        self.versions.label(snapshotter, key, labels::FILLING, "").await.map_err(runtime)?;
-        let aside = record.aside.clone().map(|aside| Aside { complete: true, ..aside });
-        around(Effect::CarryNote, self.note(id, &Record { aside, ..record.clone() })).await
-    }
-
-    async fn switch_back(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let replaced = record.replaced.as_ref().ok_or(StepError::Changed("no layer was replaced"))?;
-        let found = self.versions.stat(&record.snapshotter, &replaced.layer).await.map_err(StepError::Runtime)?;
-        let Some(info) = found else {
-            // By somebody's hand: the way forward is left.
-            self.note(id, &Record { replaced: None, ..record.clone() }).await?;
-            return Err(StepError::Changed("the layer that was replaced is gone"));
-        };
-        let back = record.moved(&observe::layer(info), Timestamp::now());
-        around(Effect::SwitchBackNote, self.note(id, &back)).await
-    }
-
-    async fn switch_layer(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let aside = record.aside.as_ref().ok_or(StepError::Changed("no layer was made beside"))?;
-        let found = self.versions.stat(&record.snapshotter, &aside.layer).await.map_err(StepError::Runtime)?;
-        let Some(info) = found.filter(|info| !is_filling(&info.labels)) else {
-            // By somebody's hand: it is made again.
-            self.note(id, &Record { aside: None, ..record.clone() }).await?;
-            return Err(StepError::Changed("the layer that was made beside is gone"));
-        };
-        let (to, now) = (observe::layer(info), Timestamp::now());
-        let switched = match &aside.for_ {
-            AsideFor::Rollback { .. } => record.switched(&to, self.target(work)?, now),
-            AsideFor::Image { .. } => record.moved(&to, now),
-        };
-        around(Effect::SwitchNote, self.note(id, &switched)).await
-    }
-
-    async fn settle_replaced(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let id = work.id();
-        let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
-        let Some(replaced) = &record.replaced else { return Ok(()) };
-        let snapshotter = &record.snapshotter;
-        match &replaced.keep {
-            Some(version) => {
-                let stands = Stands { image: &replaced.image, digest: &replaced.digest, at: replaced.at };
-                let effects = [Effect::ReplacedTaken, Effect::ReplacedHold, Effect::ReplacedCommit];
-                match self.commit_in_place(snapshotter, &replaced.layer, version, stands, effects).await {
-                    // By somebody's hand. The bot must not wait for ever for what can't come back; its snapshot says so.
-                    Err(StepError::Version(VersionError::Missing { name })) => {
-                        tracing::error!(%id, name, version = version.name, "the layer that a rollback replaced is gone");
-                    }
-                    done => done?,
-                }
-            }
-            None => {
-                let remove = self.versions.remove(snapshotter, &replaced.layer);
-                around(Effect::ReplacedRemove, remove).await.map_err(StepError::Runtime)?;
-            }
-        }
-        around(Effect::ReplacedNote, self.note(id, &Record { replaced: None, ..record.clone() })).await
-    }
-
-    async fn preserve(&self, work: &Work<'_>) -> Result<(), StepError> {
-        let layer = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
-        let version = work.desired.preserve.as_ref().ok_or(StepError::Changed("the version has no number"))?;
-        let snapshotter = work.record().map_or(&work.desired.snapshotter, |record| &record.snapshotter);
-        let stands = Stands { image: &layer.image, digest: &layer.digest, at: Timestamp::now() };
-        let effects = [Effect::PreserveTaken, Effect::PreserveHold, Effect::PreserveCommit];
-        self.commit_in_place(snapshotter, &layer.key, version, stands, effects).await
-    }
-
-    /// Commits a layer that no process uses any more. Safe twice; the facts are noted before, so that a version is never without.
-    async fn commit_in_place(
-        &self,
-        snapshotter: &str,
-        key: &str,
-        version: &Version,
-        stands: Stands<'_>,
-        [note, hold, commit]: [Effect; 3],
-    ) -> Result<(), StepError> {
-        let Some(info) = self.versions.stat(snapshotter, key).await.map_err(StepError::Runtime)? else {
-            let name = version.runtime_name();
-            return match self.versions.stat(snapshotter, &name).await.map_err(StepError::Runtime)? {
-                Some(_) => Ok(()),
-                None => Err(StepError::Version(VersionError::Missing { name: key.to_owned() })),
-            };
-        };
-        let taken = Taken {
-            version: version.clone(),
-            taken_at: stands.at,
-            frozen_millis: 0,
-            taken: crate::api::bot_snapshot::Taken::Stopped,
-            parent: info.parent,
-            snapshotter: snapshotter.to_owned(),
-            image: stands.image.to_owned(),
-            digest: stands.digest.to_owned(),
-            size_bytes: None,
-            files: None,
-            changes: None,
-        };
-        around(note, async { self.versions.note(&version.uid, &taken) }).await.map_err(StepError::Version)?;
-        let (name, labels) = (version.runtime_name(), version.labels(stands.image, stands.digest));
-        around(hold, self.versions.hold(&name, stands.digest)).await.map_err(StepError::Runtime)?;
-        let done = self.versions.commit(snapshotter, key, &name, labels);
-        around(commit, done).await.map_err(StepError::Runtime)
     }
 
     // --- down ---
@@ -1085,7 +879,7 @@ impl Actor {
     }
 
     /// Writes the agent's note onto the container.
-    async fn note(&self, id: &ContainerId, record: &Record) -> Result<(), StepError> {
+    pub(super) async fn note(&self, id: &ContainerId, record: &Record) -> Result<(), StepError> {
         let container = ContainerdContainer {
             id: id.to_string(),
             extensions: HashMap::from([(Record::EXTENSION.to_owned(), record_value(record))]),
@@ -1096,14 +890,6 @@ impl Actor {
         let answer = self.containerd.containers().update(self.containerd.request(request)).await;
         answer.call("update container", id.as_str()).map(|_| ()).map_err(StepError::Runtime)
     }
-}
-
-/// What a layer stands on, and when it was left.
-#[derive(Clone, Copy)]
-struct Stands<'a> {
-    image: &'a str,
-    digest: &'a str,
-    at: Timestamp,
 }
 
 /// What a restored layer stands on.

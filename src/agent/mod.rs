@@ -20,6 +20,7 @@
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
 //! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
+//! replace.rs another layer in the place of the bot's own
 //! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
 //! snapshot/  BotSnapshots: the same loop once more              version.rs  versions in containerd     gate.rs   who may touch a bot now
 //! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
@@ -47,6 +48,7 @@ pub mod plan;
 pub mod publish;
 pub mod record;
 pub mod references;
+pub mod replace;
 pub mod root;
 pub mod run;
 pub mod shim;

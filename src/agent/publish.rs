@@ -1,9 +1,14 @@
 //! Tells the API server: statuses by server-side apply, Events.
 
+use std::fmt::Debug;
+
+use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
@@ -26,7 +31,7 @@ pub struct Publisher {
 #[derive(Debug, thiserror::Error)]
 #[error("can't write the status of {kind} {namespace}/{name}")]
 pub struct PublishFailed {
-    kind: &'static str,
+    kind: String,
     namespace: String,
     name: String,
     source: Box<kube::Error>,
@@ -51,28 +56,7 @@ impl Publisher {
         if says(live.status.as_ref(), status) {
             return Ok(None);
         }
-        let namespace = live.metadata.namespace.clone().unwrap_or_default();
-        let name = live.metadata.name.clone().unwrap_or_default();
-        let api: Api<BotContainer> = Api::namespaced(self.client.clone(), &namespace);
-        let patch = json!({
-            "apiVersion": BotContainer::api_version(&()),
-            "kind": BotContainer::kind(&()),
-            "metadata": {
-                "name": name,
-                "namespace": namespace,
-                "uid": live.metadata.uid,
-                "resourceVersion": live.metadata.resource_version,
-            },
-            "status": status,
-        });
-        let params = PatchParams::apply(AGENT).force();
-        match around(Effect::StatusWrite, api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
-            Ok(newest) => Ok(Some(newest)),
-            Err(source) => {
-                self.metrics.api_error("status");
-                Err(PublishFailed { kind: "BotContainer", namespace, name, source: Box::new(source) })
-            }
-        }
+        self.apply(live, status, Effect::StatusWrite).await.map(Some)
     }
 
     /// Writes the status of a snapshot where the live object says something else; gives back the object as it is then.
@@ -84,28 +68,32 @@ impl Publisher {
         if snapshot_says(live.status.as_ref(), status) {
             return Ok(None);
         }
-        let namespace = live.metadata.namespace.clone().unwrap_or_default();
-        let name = live.metadata.name.clone().unwrap_or_default();
-        let api: Api<BotSnapshot> = Api::namespaced(self.client.clone(), &namespace);
+        self.apply(live, status, Effect::SnapshotStatus).await.map(Some)
+    }
+
+    async fn apply<K>(&self, live: &K, status: &impl Serialize, effect: Effect) -> Result<K, PublishFailed>
+    where
+        K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug,
+    {
+        let meta = live.meta();
+        let (namespace, name) = (meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default());
+        let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
         let patch = json!({
-            "apiVersion": BotSnapshot::api_version(&()),
-            "kind": BotSnapshot::kind(&()),
+            "apiVersion": K::api_version(&()),
+            "kind": K::kind(&()),
             "metadata": {
                 "name": name,
                 "namespace": namespace,
-                "uid": live.metadata.uid,
-                "resourceVersion": live.metadata.resource_version,
+                "uid": meta.uid,
+                "resourceVersion": meta.resource_version,
             },
             "status": status,
         });
         let params = PatchParams::apply(AGENT).force();
-        match around(Effect::SnapshotStatus, api.patch_status(&name, &params, &Patch::Apply(&patch))).await {
-            Ok(newest) => Ok(Some(newest)),
-            Err(source) => {
-                self.metrics.api_error("status");
-                Err(PublishFailed { kind: "BotSnapshot", namespace, name, source: Box::new(source) })
-            }
-        }
+        around(effect, api.patch_status(&name, &params, &Patch::Apply(&patch))).await.map_err(|source| {
+            self.metrics.api_error("status");
+            PublishFailed { kind: K::kind(&()).into_owned(), namespace, name, source: Box::new(source) }
+        })
     }
 
     /// Records an Event on a snapshot, as [`Self::event`] does on a bot.

@@ -38,8 +38,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use berth::api::bot_container::{OperatingMode, Phase, RestartPolicy};
+use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, find};
-use berth::api::{BotContainer, BotContainerSpec};
+use berth::api::{BotContainer, BotContainerSpec, BotSnapshot};
 use k8s_openapi::api::core::v1::{EnvVar, Namespace as KubeNamespace};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -776,6 +777,41 @@ impl Namespace {
             let conditions = bot.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
             current(bot) && find(conditions, ConditionType::Ready).is_some_and(|c| c.status == "True")
         })
+    }
+
+    /// The snapshots.
+    pub fn snapshots(&self) -> Api<BotSnapshot> {
+        self.api()
+    }
+
+    /// Waits for a phase of a snapshot.
+    #[track_caller]
+    pub fn snapshot(&self, name: &str, phase: SnapshotPhase) -> impl Future<Output = BotSnapshot> {
+        let (api, name) = (self.snapshots(), name.to_owned());
+        wait_for(format!("snapshot {}/{name}: {phase:?}", self.name), SOON, move || {
+            let (api, name) = (api.clone(), name.clone());
+            async move {
+                match api.get_opt(&name).await {
+                    Ok(Some(s)) if s.status.as_ref().and_then(|s| s.phase) == Some(phase) => Ok(s),
+                    Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
+                    Ok(None) => Err("no such object".to_owned()),
+                    Err(e) => Err(e.to_string()),
+                }
+            }
+        })
+    }
+
+    /// Waits until a snapshot is gone.
+    pub async fn no_snapshot(&self, name: &str) {
+        let api = self.snapshots();
+        wait_for(format!("snapshot {}/{name} gone", self.name), SOON, || async {
+            match api.get_opt(name).await {
+                Ok(None) => Ok(()),
+                Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
+                Err(e) => Err(e.to_string()),
+            }
+        })
+        .await;
     }
 
     /// What is known of this namespace, for a test that failed.

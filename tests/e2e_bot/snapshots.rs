@@ -16,52 +16,19 @@ use crate::images::push_another;
 use crate::stage::{Stage, WAIT, life, message, page, path_in, pid, read_in, says, status, uid};
 
 impl Stage {
-    fn snapshots(&self) -> Api<BotSnapshot> {
-        self.ns.api()
-    }
-
     /// Asks for a live snapshot.
     async fn ask(&self, name: &str, of: &str) -> BotSnapshot {
         self.ask_for(name, BotSnapshotSpec::of(of)).await
     }
 
     async fn ask_for(&self, name: &str, spec: BotSnapshotSpec) -> BotSnapshot {
-        self.snapshots().create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap()
+        self.ns.snapshots().create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap()
     }
 
     /// Takes a snapshot, and waits until it is Ready.
     async fn taken(&self, name: &str, of: &str) -> BotSnapshot {
         self.ask(name, of).await;
-        self.snapshot(name, SnapshotPhase::Ready).await
-    }
-
-    /// Waits for a phase of a snapshot.
-    #[track_caller]
-    fn snapshot(&self, name: &str, phase: SnapshotPhase) -> impl Future<Output = BotSnapshot> {
-        let (api, name) = (self.snapshots(), name.to_owned());
-        wait_for(format!("snapshot {name}: {phase:?}"), SOON, move || {
-            let (api, name) = (api.clone(), name.clone());
-            async move {
-                match api.get_opt(&name).await {
-                    Ok(Some(s)) if s.status.as_ref().and_then(|s| s.phase) == Some(phase) => Ok(s),
-                    Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
-                    Ok(None) => Err("no such object".to_owned()),
-                    Err(e) => Err(e.to_string()),
-                }
-            }
-        })
-    }
-
-    async fn no_snapshot(&self, name: &str) {
-        let api = self.snapshots();
-        wait_for(format!("snapshot {name} gone"), SOON, || async {
-            match api.get_opt(name).await {
-                Ok(None) => Ok(()),
-                Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
-                Err(e) => Err(e.to_string()),
-            }
-        })
-        .await;
+        self.ns.snapshot(name, SnapshotPhase::Ready).await
     }
 
     /// Where the files of a version are that the layer itself has.
@@ -156,15 +123,15 @@ async fn versions_are_given_once_and_never_again() {
     }
     let mut versions = Vec::new();
     for n in 0..10 {
-        let ready = stage.snapshot(&format!("s{n}"), SnapshotPhase::Ready).await;
+        let ready = stage.ns.snapshot(&format!("s{n}"), SnapshotPhase::Ready).await;
         versions.push((told(&ready).version.unwrap(), ready.name_any()));
     }
     versions.sort_unstable();
     assert!(versions.iter().map(|(version, _)| *version).eq(1..=10), "{versions:?}");
     // Neither the newest nor any other number comes back.
     for (_, name) in &versions[8..] {
-        stage.snapshots().delete(name, &DeleteParams::default()).await.unwrap();
-        stage.no_snapshot(name).await;
+        stage.ns.snapshots().delete(name, &DeleteParams::default()).await.unwrap();
+        stage.ns.no_snapshot(name).await;
     }
     assert_eq!(told(&stage.taken("next", "web").await).version, Some(11));
     let record: Api<BotRecord> = stage.ns.api();
@@ -188,7 +155,7 @@ async fn a_bot_is_snapshotted_in_whatever_state_it_is() {
     let began = life(pid(&before));
     let spec = BotSnapshotSpec { consistency: Consistency::Stopped, ..BotSnapshotSpec::of("web") };
     stage.ask_for("cold", spec).await;
-    let cold = stage.snapshot("cold", SnapshotPhase::Ready).await;
+    let cold = stage.ns.snapshot("cold", SnapshotPhase::Ready).await;
     assert_eq!((told(&cold).taken, told(&cold).frozen_millis), (Some(Taken::Stopped), Some(0)));
     // So quick that its status never said that it was stopped.
     let another = |bot: &BotContainer| status(bot).task.is_some() && status(bot).task != status(&before).task;
@@ -208,9 +175,9 @@ async fn a_bot_is_snapshotted_in_whatever_state_it_is() {
     stage.apply(bot("unborn").image("127.0.0.1:1/none:1")).await;
     stage.ask_for("of-nobody", short("nobody")).await;
     stage.ask_for("of-unborn", short("unborn")).await;
-    let failed = stage.snapshot("of-nobody", SnapshotPhase::Failed).await;
+    let failed = stage.ns.snapshot("of-nobody", SnapshotPhase::Failed).await;
     assert_eq!((reason(&failed).1, told(&failed).version), ("BotNotFound", None));
-    let failed = stage.snapshot("of-unborn", SnapshotPhase::Failed).await;
+    let failed = stage.ns.snapshot("of-unborn", SnapshotPhase::Failed).await;
     assert_eq!(reason(&failed).1, "DeadlineExceeded");
     assert!(reason(&failed).2.contains("no layer"), "{:?}", reason(&failed));
 }
@@ -233,10 +200,10 @@ async fn a_rollback_brings_the_files_back_and_keeps_what_it_replaces() {
     assert_eq!((done.id.as_str(), done.version, done.replaced_by_version), ("monday", Some(1), Some(2)));
     assert!(done.completed_at.is_some());
     assert_eq!((status(&bot).current_version, &status(&bot).network), (Some(1), &address), "IP kept");
-    let kept = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let kept = stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items;
     let kept = kept.iter().find(|s| told(s).version == Some(2)).unwrap();
     assert_eq!(told(kept).source, Some(SnapshotSource::Rollback));
-    let kept = stage.snapshot(&kept.name_any(), SnapshotPhase::Ready).await;
+    let kept = stage.ns.snapshot(&kept.name_any(), SnapshotPhase::Ready).await;
     assert_eq!(std::fs::read_to_string(stage.files_of(&kept).join("data/more")).unwrap(), "bad as well");
 
     // The same id is not done again, whatever else is edited; a new one repeats it, and forward is a rollback too.
@@ -271,10 +238,10 @@ async fn what_a_bot_leaves_is_kept_and_found_again() {
     stage.taken("by-hand", "web").await;
     write_in(&web, "/data/state", "to be kept at last");
     stage.ns.delete("web", SOON).await;
-    let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let all = stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items;
     let last = all.iter().find(|s| told(s).source == Some(SnapshotSource::Preserved)).expect("nothing was preserved");
     assert_eq!((told(last).version, told(last).bot_id.as_deref()), (Some(2), Some("the-bot")));
-    let last = stage.snapshot(&last.name_any(), SnapshotPhase::Ready).await;
+    let last = stage.ns.snapshot(&last.name_any(), SnapshotPhase::Ready).await;
     assert_eq!(find(&told(&last).conditions, ConditionType::Verified).map(|c| c.status.as_str()), Some("True"));
 
     // Another bot of that botId goes on from it, before its first process runs; numbers go on counting.
@@ -294,7 +261,7 @@ async fn what_a_bot_leaves_is_kept_and_found_again() {
     stage.edit("fresh", json!({"deletionPolicy": "Delete"})).await;
     stage.ns.delete("fresh", SOON).await;
     for snapshot in ["by-hand", "third", &last.name_any()] {
-        stage.no_snapshot(snapshot).await;
+        stage.ns.no_snapshot(snapshot).await;
     }
     let records: Api<BotRecord> = stage.ns.api();
     wait_for("the BotRecord gone", SOON, || async {
@@ -336,8 +303,8 @@ async fn a_fork_starts_from_another_bots_version_and_holds_its_bytes() {
     stage.ns.ready("early", SOON).await;
 
     // The object goes at once; the bytes with the last fork that stands on them.
-    stage.snapshots().delete("to-fork", &DeleteParams::default()).await.unwrap();
-    stage.no_snapshot("to-fork").await;
+    stage.ns.snapshots().delete("to-fork", &DeleteParams::default()).await.unwrap();
+    stage.ns.no_snapshot("to-fork").await;
     let name = told(&version).runtime_name.clone().unwrap();
     assert!(stage.agent.ctr(["snapshots", "ls"]).contains(&name));
     let fork_a = stage.ns.bots().get("fork-a").await.unwrap();
@@ -362,7 +329,7 @@ async fn a_schedule_takes_what_is_due_once_and_keeps_the_last() {
     })
     .await;
     let scheduled = || async {
-        let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+        let all = stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items;
         let mut all: Vec<_> = all
             .into_iter()
             .filter(|s| s.status.as_ref().is_some_and(|s| s.source == Some(SnapshotSource::Scheduled)))
@@ -402,8 +369,8 @@ async fn a_schedule_takes_what_is_due_once_and_keeps_the_last() {
     let patch = json!({"spec": {"lastScheduled": long_ago.to_string()}});
     let first = scheduled().await[0].name_any();
     records.patch(&record.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
-    stage.no_snapshot(&first).await;
-    stage.snapshot("by-hand", SnapshotPhase::Ready).await;
+    stage.ns.no_snapshot(&first).await;
+    stage.ns.snapshot("by-hand", SnapshotPhase::Ready).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -434,7 +401,7 @@ async fn a_bot_moves_to_another_image_with_its_data_and_back() {
     assert_eq!(facts(&path_in(&moved, "/data/deep/er/file")), was);
     assert!(!path_in(&moved, "/etc/of-the-bot").exists(), "the layer is another");
     assert_eq!(status(&moved).network, status(&web).network, "IP kept");
-    let all = stage.snapshots().list(&ListParams::default()).await.unwrap().items;
+    let all = stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items;
     let [before] = all.as_slice() else { panic!("{all:?}") };
     assert_eq!((told(before).version, told(before).source), (Some(1), Some(SnapshotSource::PreImageChange)));
     let kept = stage.files_of(before);

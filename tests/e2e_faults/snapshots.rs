@@ -8,7 +8,6 @@ use berth::api::bot_container::Phase;
 use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, find};
 use berth::api::{BotContainer, BotSnapshot, BotSnapshotSpec};
-use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 
 use crate::common::{SOON, wait_for};
@@ -19,38 +18,8 @@ use crate::servers::kill;
 const MUCH: usize = 400 << 20;
 
 impl Scene {
-    fn snapshots(&self) -> Api<BotSnapshot> {
-        self.ns.api()
-    }
-
     async fn ask_for(&self, name: &str, spec: BotSnapshotSpec) {
-        self.snapshots().create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap();
-    }
-
-    #[track_caller]
-    fn until(&self, name: &str, phase: SnapshotPhase) -> impl Future<Output = BotSnapshot> {
-        let (api, name) = (self.snapshots(), name.to_owned());
-        wait_for(format!("snapshot {name}: {phase:?}"), SOON, move || {
-            let (api, name) = (api.clone(), name.clone());
-            async move {
-                match api.get_opt(&name).await {
-                    Ok(Some(s)) if s.status.as_ref().and_then(|s| s.phase) == Some(phase) => Ok(s),
-                    Ok(Some(s)) => Err(serde_json::to_string(&s.status).unwrap()),
-                    other => Err(format!("{other:?}")),
-                }
-            }
-        })
-    }
-
-    async fn no_snapshot(&self, name: &str) {
-        let api = self.snapshots();
-        wait_for(format!("snapshot {name} gone"), SOON, || async {
-            match api.get_opt(name).await {
-                Ok(None) => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        })
-        .await;
+        self.ns.snapshots().create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap();
     }
 
     /// A bot with much to copy.
@@ -113,7 +82,7 @@ async fn a_bot_frozen_for_an_agent_that_died_is_thawed_though_no_other_comes() {
 
     // The next agent takes it; the bot never knew.
     scene.agent.start_again(&[("BERTH_COPIER_SLOW_FREEZE_MILLIS", "0")]).await;
-    let ready = scene.until("first", SnapshotPhase::Ready).await;
+    let ready = scene.ns.snapshot("first", SnapshotPhase::Ready).await;
     assert_eq!(ready.status.unwrap().version, Some(1));
     assert_eq!(scene.pid("web").await, pid);
     scene.diary(&bot).assert_starts(1, "web");
@@ -128,16 +97,16 @@ async fn a_snapshot_that_is_cut_off_leaves_the_bot_alone_and_nothing_behind() {
 
     // Deleted while it is copied.
     scene.ask_for("deleted", BotSnapshotSpec::of("web")).await;
-    scene.until("deleted", SnapshotPhase::Copying).await;
-    scene.snapshots().delete("deleted", &DeleteParams::default()).await.unwrap();
-    scene.no_snapshot("deleted").await;
+    scene.ns.snapshot("deleted", SnapshotPhase::Copying).await;
+    scene.ns.snapshots().delete("deleted", &DeleteParams::default()).await.unwrap();
+    scene.ns.no_snapshot("deleted").await;
     scene.no_folder();
 
     // Too late: its deadline is over before it is copied.
     let spec = BotSnapshotSpec { failure_deadline_seconds: 1, ..BotSnapshotSpec::of("web") };
     fs::write(format!("/proc/{pid}/root/data/more"), vec![7_u8; MUCH]).unwrap();
     scene.ask_for("late", spec).await;
-    let late = scene.until("late", SnapshotPhase::Failed).await;
+    let late = scene.ns.snapshot("late", SnapshotPhase::Failed).await;
     let ready = find(&late.status.as_ref().unwrap().conditions, ConditionType::Ready).unwrap().clone();
     assert_eq!(ready.reason, "DeadlineExceeded", "{ready:?}");
     wait_for("no copy left", SOON, || async {
@@ -148,10 +117,10 @@ async fn a_snapshot_that_is_cut_off_leaves_the_bot_alone_and_nothing_behind() {
 
     // The copier is killed: it is taken again.
     scene.ask_for("again", BotSnapshotSpec::of("web")).await;
-    scene.until("again", SnapshotPhase::Copying).await;
+    scene.ns.snapshot("again", SnapshotPhase::Copying).await;
     let copiers = std::process::Command::new("pkill").args(["-KILL", "-x", "berth-copier"]).status().unwrap();
     println!("copiers were killed: {}", copiers.success());
-    let ready = scene.until("again", SnapshotPhase::Ready).await;
+    let ready = scene.ns.snapshot("again", SnapshotPhase::Ready).await;
     assert_eq!(ready.status.unwrap().version, Some(3));
     assert!(!scene.is_frozen(&bot));
     assert_eq!(scene.pid("web").await, pid);
@@ -159,10 +128,10 @@ async fn a_snapshot_that_is_cut_off_leaves_the_bot_alone_and_nothing_behind() {
 
     // The bot is deleted while it is copied, and takes its snapshots along.
     scene.ask_for("last", BotSnapshotSpec::of("web")).await;
-    scene.until("last", SnapshotPhase::Copying).await;
+    scene.ns.snapshot("last", SnapshotPhase::Copying).await;
     scene.ns.delete("web", SOON).await;
     for name in ["late", "again", "last"] {
-        scene.no_snapshot(name).await;
+        scene.ns.no_snapshot(name).await;
     }
     scene.end().await;
 }
@@ -173,12 +142,12 @@ async fn containerd_killed_in_the_middle_of_a_snapshot_costs_time_only() {
     let bot = scene.heavy("web").await;
     let pid = scene.pid("web").await;
     scene.ask_for("first", BotSnapshotSpec::of("web")).await;
-    scene.until("first", SnapshotPhase::Copying).await;
+    scene.ns.snapshot("first", SnapshotPhase::Copying).await;
     kill("-KILL", scene.cluster.pid("containerd"));
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert!(!scene.is_frozen(&bot), "frozen though nothing can be made of it");
     scene.cluster.up_again();
-    let ready = scene.until("first", SnapshotPhase::Ready).await;
+    let ready = scene.ns.snapshot("first", SnapshotPhase::Ready).await;
     assert_eq!(ready.status.unwrap().version, Some(1));
     assert_eq!(scene.pid("web").await, pid);
     scene.diary(&bot).assert_starts(1, "web");
@@ -191,12 +160,12 @@ async fn a_version_that_is_deleted_while_it_is_used_leaves_each_bot_on_one_layer
     let scene = Scene::new_with("snap-used", &[("BERTH_ORPHAN_GRACE_SECONDS", "1")]).await;
     let bot = scene.heavy("web").await;
     scene.ask_for("used", BotSnapshotSpec::of("web")).await;
-    scene.until("used", SnapshotPhase::Ready).await;
+    scene.ns.snapshot("used", SnapshotPhase::Ready).await;
     let rollback = serde_json::json!({"id": "back", "snapshotName": "used"});
     let rolled = counting("web").with(|spec| spec.rollback = Some(serde_json::from_value(rollback).unwrap()));
     scene.apply(rolled).await;
-    scene.snapshots().delete("used", &DeleteParams::default()).await.unwrap();
-    scene.no_snapshot("used").await;
+    scene.ns.snapshots().delete("used", &DeleteParams::default()).await.unwrap();
+    scene.ns.no_snapshot("used").await;
     // Either it was copied before that, or it can't be gone back to and says so. It runs in both, with all its data.
     let settled = scene
         .ns
