@@ -10,7 +10,7 @@ mod proxy;
 
 use std::time::{Duration, Instant};
 
-use berth::api::{AGENT, FINALIZER};
+use berth::api::{AGENT, BotSnapshot, BotSnapshotSpec, FINALIZER};
 use fixture::{Cluster, bot, count_by_node, eventually, show};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -597,4 +597,72 @@ async fn the_late_write_of_a_leader_that_was_is_refused() {
         .await;
         second.signal("CONT");
     }
+}
+
+/// Numbers of versions that have been told, sorted.
+async fn numbers(cluster: &Cluster) -> Vec<i64> {
+    let snapshots: kube::Api<BotSnapshot> = kube::Api::namespaced(cluster.client.clone(), &cluster.namespace);
+    let all = snapshots.list(&ListParams::default()).await.unwrap().items;
+    let mut told: Vec<i64> = all.iter().filter_map(|s| s.status.as_ref()?.version).collect();
+    told.sort_unstable();
+    told
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_have_no_gap_and_no_twin_though_controllers_die_and_answers_are_lost() {
+    use Fault::{Answer, Broken, Lost};
+    let cluster = Cluster::turn().await;
+    let proxy = cluster.proxy().await;
+    let mut controller = cluster.controller_through(&proxy).await;
+    let _agent = cluster.agent("node-1", json!({"cpu": "4", "memory": "4Gi", "bots": "100"})).await;
+    cluster.bot("web", json!({})).await;
+    cluster.bound("web").await;
+    let snapshots: kube::Api<BotSnapshot> = kube::Api::namespaced(cluster.client.clone(), &cluster.namespace);
+    let ask = async |n: i64| {
+        let snapshot = BotSnapshot::new(&format!("s{n}"), BotSnapshotSpec::of("web"));
+        snapshots.create(&PostParams::default(), &snapshot).await.unwrap();
+    };
+    // The write that counts a number, the one that tells it, and the finalizer: each refused, done and unanswered, broken.
+    for (n, (resource, fault)) in [
+        ("botrecords", Lost),
+        ("botrecords", Answer(500)),
+        ("botrecords", Broken),
+        ("botsnapshots/status", Lost),
+        ("botsnapshots/status", Answer(409)),
+        ("botsnapshots/status", Broken),
+        ("botsnapshots", Lost),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let n = i64::try_from(n).unwrap() + 1;
+        proxy.spoil_next("patch", resource, [fault.clone()]);
+        ask(n).await;
+        eventually(&format!("{n} numbers, {resource} {fault:?}"), Duration::from_secs(60), || async {
+            let told = numbers(&cluster).await;
+            if told.iter().copied().eq(1..=n) { Ok(()) } else { Err(format!("{told:?}")) }
+        })
+        .await;
+    }
+    // The controller is killed in the middle, four times over, and another goes on.
+    for round in 0..4_i64 {
+        let before = 7 + round * 5;
+        for n in before + 1..=before + 5 {
+            ask(n).await;
+        }
+        eventually("some are given", Duration::from_secs(60), || async {
+            let told = numbers(&cluster).await.len();
+            if told as i64 > before { Ok(()) } else { Err(format!("{told}")) }
+        })
+        .await;
+        controller.signal("KILL");
+        controller = cluster.controller_through(&proxy).await;
+        eventually("all are given, without a gap", Duration::from_secs(60), || async {
+            let told = numbers(&cluster).await;
+            if told.iter().copied().eq(1..=before + 5) { Ok(()) } else { Err(format!("{told:?}")) }
+        })
+        .await;
+    }
+    let uid = cluster.bots().get("web").await.unwrap().uid().unwrap();
+    assert_eq!(cluster.records().get(&uid).await.unwrap().spec.last_version, 27);
 }

@@ -40,6 +40,7 @@ const PROCESS_NAME: &std::ffi::CStr = c"berth-copier";
 const WORDS: usize = 20;
 
 /// For tests, in debug builds: so many milliseconds pass in the middle of each freeze.
+#[cfg(debug_assertions)]
 const SLOW_FREEZE: &str = "BERTH_COPIER_SLOW_FREEZE_MILLIS";
 
 /// The hidden subcommand `berth copier [CGROUP]`, with the job as the first line of standard input.

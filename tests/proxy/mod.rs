@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch;
 
 /// What is done to a call instead of passing it on.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub enum Fault {
     /// Answered with this status, and the server not asked: a right taken away (403), a conflict (409), a server in
     /// trouble (5xx).
