@@ -22,8 +22,6 @@ use crate::report::{Better, Figure, Samples};
 
 /// Longer than anything takes that works.
 const LIMIT: Duration = Duration::from_secs(600);
-/// Snapshots whose freezes count.
-const SNAPSHOTS: usize = 20;
 /// Rollbacks, restarts and deletions that count.
 const TIMES: usize = 8;
 
@@ -159,15 +157,15 @@ fn pid(bot: &BotContainer) -> anyhow::Result<i64> {
 async fn freezes(
     versions: &Versions,
     name: &str,
-    files: usize,
-    bytes: usize,
+    (files, bytes): (usize, usize),
+    snapshots: usize,
     mut before: impl FnMut(i64) -> anyhow::Result<()>,
 ) -> anyhow::Result<Samples> {
-    crate::say(&format!("{SNAPSHOTS} snapshots of {files} files of {bytes} bytes, a writer of 1 MB/s beside"));
+    crate::say(&format!("{snapshots} snapshots of {files} files of {bytes} bytes, a writer of 1 MB/s beside"));
     let bot = versions.bot(name, DeletionPolicy::Delete).await?;
     fill(pid(&bot)?, files, bytes)?;
     let mut frozen = Vec::new();
-    for n in 0..SNAPSHOTS {
+    for n in 0..snapshots {
         before(pid(&bot)?)?;
         let snapshot = format!("{name}-{n}");
         let status = versions.snapshot(&snapshot, name).await?;
@@ -178,7 +176,7 @@ async fn freezes(
     Samples::new(frozen)
 }
 
-/// The worst of twenty, but for one.
+/// Of few samples it is the worst.
 fn p95(name: &'static str, samples: &Samples, target: f64) -> Figure {
     let p95 = samples.percentile(95);
     Figure { ours_spread: Some(samples.spread()), ..Figure::new(name, "ms", Better::Lower, p95) }.target(target)
@@ -187,9 +185,9 @@ fn p95(name: &'static str, samples: &Samples, target: f64) -> Figure {
 /// How long snapshots freeze a bot.
 pub async fn freeze_figures(versions: &Versions, ctr: &Ctr, containerd: &str) -> anyhow::Result<Vec<Figure>> {
     let nothing = |_| Ok(());
-    let one = freezes(versions, "freeze-1gib", 10_000, 107_374, nothing).await?;
-    let four = freezes(versions, "freeze-4gib", 10_000, 429_496, nothing).await?;
-    let many = freezes(versions, "freeze-100k", 100_000, 1_000, nothing).await?;
+    let one = freezes(versions, "freeze-1gib", (10_000, 107_374), 20, nothing).await?;
+    let four = freezes(versions, "freeze-4gib", (10_000, 429_496), 6, nothing).await?;
+    let many = freezes(versions, "freeze-100k", (100_000, 1_000), 10, nothing).await?;
     // 2 GB that were just written, and lie in memory only.
     let dirty = |pid: i64| {
         let path = format!("/proc/{pid}/root/data/dirty");
@@ -200,7 +198,7 @@ pub async fn freeze_figures(versions: &Versions, ctr: &Ctr, containerd: &str) ->
         }
         Ok(())
     };
-    let dirty = freezes(versions, "freeze-dirty", 1_000, 1_000, dirty).await?;
+    let dirty = freezes(versions, "freeze-dirty", (1_000, 1_000), 6, dirty).await?;
 
     crate::say("containerd's own diff of 1 GiB under a freeze");
     let bot = versions.bot("diffed", DeletionPolicy::Delete).await?;
