@@ -349,7 +349,7 @@ fn judge(
             }
             State::Held => Verdict::working(
                 Phase::Stopping,
-                Reason::WaitingForSnapshot,
+                Reason::StoppedForSnapshot,
                 "stopped for a BotSnapshot of consistency Stopped; it is started again once that is taken",
             ),
             State::WaitingForSnapshot => {

@@ -117,6 +117,7 @@ reasons! {
     RestoreFailed => "The version to start from can't be used; the message says why.",
     RestoreWaiting => "Wait: the version to start from is not ready yet; the message says which.",
     WaitingForSnapshot => "Wait: a version is made of the bot first.",
+    StoppedForSnapshot => "Wait: a BotSnapshot of consistency Stopped is being taken; the bot is started again after it.",
     RollingBack => "Wait: the version to go back to is being copied, then the bot is started from it.",
     RollbackFailed => "The bot can't go back to that version and is as it was; the message says what spec.rollback may name.",
     WaitingForBot => "Wait: the bot has no layer on a node yet, or the controller is about to look; the message says which.",

@@ -28,6 +28,8 @@ use crate::api::{
     BotContainer, BotRecord, BotSnapshot, BotSnapshotStatus, CONTROLLER, SNAPSHOT_FINALIZER, SOURCE_LABEL,
 };
 
+use crate::image::Reference;
+
 use super::bot::bound_to;
 use super::error::Error;
 use super::event::Note;
@@ -88,6 +90,8 @@ impl Cause {
         match bot.spec.rollback.as_ref().filter(|asked| Some(&asked.id) != done) {
             Some(asked) => asked.keep_replaced.then(|| Self::Rollback(asked.id.clone())),
             None => {
+                let wanted = Reference::parse(&bot.spec.image).ok()?.to_string();
+                status.image.as_ref().filter(|image| image.reference != wanted)?;
                 let layer = &status.lineage.last()?.name;
                 Some(Self::ImageChange { image: bot.spec.image.clone(), layer: layer.clone() })
             }

@@ -173,3 +173,42 @@ fn the_newest_version_is_what_a_bot_goes_on_from() {
         assert!(reason == Reason::RestoreFailed && message.contains(words), "{message}");
     }
 }
+
+#[test]
+fn what_an_agent_waits_for_is_read_from_spec_and_status() {
+    let waiting = |change: &dyn Fn(&mut Value)| {
+        web(|body| {
+            body["status"] = json!({
+                "nodeName": "node-1", "image": {"reference": "docker.io/library/busybox:latest"},
+                "lineage": [{"name": "berth-u.1", "kind": "Active"}],
+                "conditions": [{"type": "Ready", "status": "False", "reason": "WaitingForSnapshot", "message": "",
+                    "lastTransitionTime": at(1).to_string()}],
+            });
+            change(body);
+        })
+    };
+    let awaited = |change: &dyn Fn(&mut Value)| Cause::awaited(&waiting(change));
+    assert_eq!(awaited(&|_| {}), None, "nothing asks for one");
+    let asks =
+        |body: &mut Value| body["spec"]["rollback"] = json!({"id": "monday", "toVersion": 1, "keepReplaced": true});
+    assert_eq!(awaited(&asks), Some(Cause::Rollback("monday".to_owned())));
+    let done = |body: &mut Value| {
+        asks(body);
+        body["status"]["rollback"] = json!({"id": "monday"});
+    };
+    assert_eq!(awaited(&done), None);
+    let moves = |body: &mut Value| body["spec"]["image"] = json!("busybox:2");
+    let change = Cause::ImageChange { image: "busybox:2".to_owned(), layer: "berth-u.1".to_owned() };
+    assert_eq!(awaited(&moves), Some(change));
+    let retained = |body: &mut Value| {
+        deleted(body);
+        body["spec"]["deletionPolicy"] = json!("Retain");
+    };
+    assert_eq!(awaited(&retained), Some(Cause::Preserved));
+    assert_eq!(awaited(&deleted), None);
+    let busy = |body: &mut Value| {
+        asks(body);
+        body["status"]["conditions"][0]["reason"] = json!("StoppedForSnapshot");
+    };
+    assert_eq!(awaited(&busy), None, "it is stopped for one that is there");
+}
