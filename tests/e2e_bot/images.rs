@@ -153,6 +153,8 @@ async fn each_pull_policy_does_as_it_says_with_a_tag_that_moved() {
     // Whoever has a layer keeps it, with the image below it: a restart is no change of the image.
     let restarted = stage.edited("first", json!({"restartedAt": "2026-11-24T10:00:00Z"}), Phase::Running).await;
     assert_eq!(digest(&restarted), digest(&first));
+    // It has counted this start, before the next one ends it.
+    page(&restarted).await;
     let both = json!({"imagePullPolicy": "Always", "restartedAt": "2026-11-24T10:00:01Z"});
     let restarted = stage.edited("first", both, Phase::Running).await;
     assert_eq!(digest(&restarted), digest(&first));
