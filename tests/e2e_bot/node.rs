@@ -54,13 +54,14 @@ async fn pending(stage: &Stage, name: &str, why: &str) -> BotContainer {
 async fn a_node_tells_what_it_is_and_whether_somebody_looks_after_it() {
     let mut stage = Stage::set("tells").await;
     let name = stage.agent.node().to_owned();
-    // The disk is looked at a moment after the start.
-    wait_for("what is known of the disk", SOON, || async {
+    // The disk is looked at a moment after the start, and the CIDR is the controller's to give.
+    let node = wait_for("what is known of the disk, a CIDR, Ready", SOON, || async {
         let node = bot_node(&stage).await;
-        of(&node, "DiskPressure").ok_or_else(|| format!("{:?}", node.status))
+        let ready = of(&node, "Ready") == Some(("True".to_owned(), "AgentReady".to_owned()));
+        let complete = ready && node.spec.bot_cidr.is_some() && of(&node, "DiskPressure").is_some();
+        if complete { Ok(node) } else { Err(format!("{:?} {:?}", node.spec, node.status)) }
     })
     .await;
-    let node = node_says(&stage, "Ready", "True", "AgentReady").await;
     let said = node.status.as_ref().unwrap();
     let versions = said.versions.as_ref().unwrap();
     assert_eq!(versions.berth, env!("CARGO_PKG_VERSION"));
