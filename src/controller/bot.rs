@@ -10,7 +10,6 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, Patch};
 use kube::{Resource as _, ResourceExt as _};
-use serde_json::json;
 
 use crate::api::bot_container::RestoredFrom;
 use crate::api::condition::{ConditionType, Reason, find};
@@ -22,7 +21,7 @@ use super::node::{NodeState, OUT_OF_SERVICE};
 use super::record::{self, Hold, bot_id};
 use super::snapshot::{self, Cause, Restore};
 use super::status::{Claim, Wanted, claimed, patch};
-use super::{Context, Name, Next};
+use super::{Context, Name, Next, describe, finalizer};
 
 /// A message that alone changed is written at most this often: what is free on a node changes with every other bot.
 const REPHRASE: Duration = Duration::from_secs(30);
@@ -285,12 +284,7 @@ async fn apply(
                     bot.uid().unwrap_or_default(),
                 ));
             }
-            let left: Vec<_> = bot.finalizers().iter().filter(|f| *f != FINALIZER).cloned().collect();
-            match finalizers(context, &bot, left).await {
-                // Somebody was quicker, and it is gone.
-                Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => {}
-                done => drop(done?),
-            }
+            finalizer::remove(context, &*bot, FINALIZER).await?;
             Ok(Next::Done)
         }
     }
@@ -302,7 +296,7 @@ async fn prepare(
     bot: &Arc<BotContainer>,
     record: Option<&BotRecord>,
     take: Option<&str>,
-    finalizer: bool,
+    finalize: bool,
 ) -> Result<Arc<BotContainer>, Error> {
     let holding = async {
         match take {
@@ -311,27 +305,15 @@ async fn prepare(
         }
     };
     let finalizing = async {
-        if !finalizer {
+        if !finalize {
             return Ok(bot.clone());
         }
-        let mut all = bot.finalizers().to_vec();
-        all.push(FINALIZER.to_owned());
-        finalizers(context, bot, all).await.map(|bot| context.keep(bot))
+        finalizer::add(context, &**bot, FINALIZER).await.map(|bot| context.keep(bot))
     };
     // Both to their end: neither is left half-done when the other fails.
     let (held, finalized) = tokio::join!(holding, finalizing);
     held?;
     finalized
-}
-
-async fn finalizers(context: &Context, bot: &BotContainer, all: Vec<String>) -> Result<BotContainer, Error> {
-    let body = json!({
-        "metadata": {"uid": bot.uid(), "resourceVersion": bot.resource_version(), "finalizers": all},
-    });
-    let api: Api<BotContainer> = Api::namespaced(context.client.clone(), &bot.namespace().unwrap_or_default());
-    let name = bot.name_any();
-    let object = describe(bot);
-    context.write("finalizer", &object, api.patch(&name, &super::merge_params(), &Patch::Merge(&body))).await
 }
 
 /// Says in status what is wanted, if it does not say so already; whether it was written.
@@ -401,10 +383,6 @@ async fn ensure_lost(context: &Context, node: &str) -> Result<(), Error> {
 
 fn taints(node: &Node) -> bool {
     node.spec.iter().flat_map(|s| s.taints.iter().flatten()).any(|t| t.key == OUT_OF_SERVICE)
-}
-
-fn describe(bot: &BotContainer) -> String {
-    format!("BotContainer {}/{}", bot.namespace().unwrap_or_default(), bot.name_any())
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@
 //!                 ├── snapshot.rs  numbers, nodes and ends of versions ─────────┤
 //!                 │     └── schedule.rs, retention.rs   when one is due, which go
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
+//!            finalizer.rs   of bots and of snapshots
 //!            event.rs, metrics.rs, error.rs   what is told;   quantity.rs   500m, 2Gi
 //! ```
 //!
@@ -25,6 +26,7 @@ mod bot;
 mod cidr;
 mod error;
 mod event;
+mod finalizer;
 mod leader;
 mod metrics;
 mod node;
@@ -49,8 +51,8 @@ use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::node::v1::RuntimeClass;
-use kube::Client;
 use kube::api::{Api, PatchParams};
+use kube::{Client, Resource, ResourceExt as _};
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -250,6 +252,11 @@ impl Context {
 
 fn apply_params() -> PatchParams {
     PatchParams::apply(CONTROLLER).force()
+}
+
+/// Of which object a message or an error is.
+fn describe<K: Resource<DynamicType = ()>>(object: &K) -> String {
+    format!("{} {}/{}", K::kind(&()), object.namespace().unwrap_or_default(), object.name_any())
 }
 
 fn merge_params() -> PatchParams {

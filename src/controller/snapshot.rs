@@ -36,7 +36,7 @@ use super::event::Note;
 use super::node::NodeState;
 use super::record::{Hold, bot_id};
 use super::schedule::Schedule;
-use super::{Context, Name, Next};
+use super::{Context, Name, Next, describe, finalizer};
 
 /// Annotation of a BotSnapshot that the controller made: what of, in words that tell it from others of its source.
 const CAUSE: &str = "berth.dev/cause";
@@ -337,12 +337,7 @@ pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
                 let reason = Reason::FinalizerReleased;
                 context.events.send(Note::warning(snapshot.object_ref(&()), reason, "Release", text, once));
             }
-            let left: Vec<_> = snapshot.finalizers().iter().filter(|f| *f != SNAPSHOT_FINALIZER).cloned().collect();
-            match finalizers(context, &snapshot, left).await {
-                // Somebody was quicker, and it is gone.
-                Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => {}
-                done => drop(done?),
-            }
+            finalizer::remove(context, &*snapshot, SNAPSHOT_FINALIZER).await?;
             Ok(Next::Done)
         }
     }
@@ -360,9 +355,7 @@ async fn give(
 ) -> Result<Next, Error> {
     let mut snapshot = snapshot.clone();
     if !snapshot.finalizers().iter().any(|f| f == SNAPSHOT_FINALIZER) {
-        let mut all = snapshot.finalizers().to_vec();
-        all.push(SNAPSHOT_FINALIZER.to_owned());
-        snapshot = finalizers(context, &snapshot, all).await?;
+        snapshot = finalizer::add(context, &snapshot, SNAPSHOT_FINALIZER).await?;
         keep(context, snapshot.clone());
     }
     let uid = snapshot.uid().unwrap_or_default();
@@ -534,15 +527,6 @@ pub async fn delete(context: &Context, snapshot: &BotSnapshot) -> Result<(), Err
     }
 }
 
-/// The answer is kept by whoever adds one only: after the last is removed the object is gone, and the watch may say so first.
-async fn finalizers(context: &Context, snapshot: &BotSnapshot, all: Vec<String>) -> Result<BotSnapshot, Error> {
-    let version = snapshot.resource_version();
-    let body = json!({"metadata": {"uid": snapshot.uid(), "resourceVersion": version, "finalizers": all}});
-    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &snapshot.namespace().unwrap_or_default());
-    let (params, patch) = (super::merge_params(), Patch::Merge(&body));
-    context.write("finalizer", &describe(snapshot), api.patch(&snapshot.name_any(), &params, &patch)).await
-}
-
 /// Says what it waits for or why it failed, if it does not say so already; whether it was written.
 async fn say(
     context: &Context,
@@ -604,10 +588,6 @@ async fn write(
 fn keep(context: &Context, snapshot: BotSnapshot) {
     let keys = context.world().saw_snapshot(snapshot);
     context.queue.add_all(keys, "own write");
-}
-
-fn describe(snapshot: &BotSnapshot) -> String {
-    format!("BotSnapshot {}/{}", snapshot.namespace().unwrap_or_default(), snapshot.name_any())
 }
 
 #[cfg(test)]

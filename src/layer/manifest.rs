@@ -11,7 +11,7 @@ use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 
 use super::take::Take;
-use super::tree::{Content, Facts, Inode, Tree, open_dir, open_root, read, walk, xattrs};
+use super::tree::{Content, Facts, Inode, Tree, open_root, read, walk, xattrs};
 
 /// One path.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,20 +100,8 @@ impl Manifest {
         let Some(tree) = walk(root.as_fd(), threads, &|| false)? else { return Ok(Self::default()) };
         let mut contents: HashMap<Inode, Content> = HashMap::new();
         contents.insert(tree.root.inode(), Content { xattrs: xattrs(root.as_fd())?, ..Content::default() });
-        // As in a walk, but each directory is opened by the way from the root: descriptors are few, trees are deep.
         for (number, directory) in tree.dirs.iter().enumerate() {
-            let mut way = Vec::new();
-            let mut at = number;
-            while let Some(directory) = tree.dirs.get(at)
-                && let Some(parent) = directory.parent
-            {
-                way.push(&directory.name);
-                at = parent as usize;
-            }
-            let mut fd = open_dir(root.as_fd(), c".")?;
-            for name in way.into_iter().rev() {
-                fd = open_dir(fd.as_fd(), name)?;
-            }
+            let fd = tree.open(root.as_fd(), u32::try_from(number).unwrap_or(u32::MAX))?;
             for entry in &directory.entries {
                 if contents.contains_key(&entry.facts.inode()) {
                     continue;

@@ -18,9 +18,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, unlinkat};
+use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::tree::{Content, Entry, Facts, Hasher, Inode, Tree, data, open_dir, read, walk};
+use super::tree::{Content, Entry, Facts, Hasher, Inode, Tree, data, read, walk};
 
 /// How often is copied ahead once more although the rest would fit, to make the freeze shorter.
 const FINER: u32 = 2;
@@ -196,8 +197,7 @@ impl Stage {
 impl Take {
     /// Nothing is copied yet.
     pub fn new(source: &Path, stage: &Path) -> io::Result<Self> {
-        let source = super::tree::open_root(source)?;
-        Ok(Self { source, stage: Stage::new(stage)?, known: HashMap::new() })
+        Self::of(super::tree::open_root(source)?, stage)
     }
 
     /// The same of a directory that is open already.
@@ -312,24 +312,11 @@ impl Take {
 
     /// Opens a directory of the tree, name by name from the root. `None` where it is not there any more.
     fn open(&self, tree: &Tree, number: u32) -> io::Result<Option<OwnedFd>> {
-        let mut way = Vec::new();
-        let mut at = number;
-        while let Some(directory) = tree.dirs.get(at as usize)
-            && let Some(parent) = directory.parent
-        {
-            way.push(&directory.name);
-            at = parent;
+        match tree.open(self.source.as_fd(), number) {
+            Ok(fd) => Ok(Some(fd)),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            Err(error) => Err(error.into()),
         }
-        let mut fd = open_dir(self.source.as_fd(), c".")?;
-        for name in way.into_iter().rev() {
-            use rustix::io::Errno;
-            fd = match open_dir(fd.as_fd(), name) {
-                Ok(fd) => fd,
-                Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            };
-        }
-        Ok(Some(fd))
     }
 }
 

@@ -117,16 +117,32 @@ pub struct Tree {
 impl Tree {
     /// Path of a directory relative to the root; empty for the root.
     pub fn path(&self, dir: u32) -> Vec<u8> {
+        let names: Vec<_> = self.way(dir).into_iter().map(CStr::to_bytes).collect();
+        names.join(&b'/')
+    }
+
+    /// Opens a directory name by name from the root, for descriptors are few and trees are deep. The error is of the first name that
+    /// is no directory any more.
+    pub fn open(&self, root: BorrowedFd<'_>, dir: u32) -> rustix::io::Result<OwnedFd> {
+        let mut fd = open_dir(root, c".")?;
+        for name in self.way(dir) {
+            fd = open_dir(fd.as_fd(), name)?;
+        }
+        Ok(fd)
+    }
+
+    /// The names from the root to a directory.
+    fn way(&self, dir: u32) -> Vec<&CStr> {
         let mut names = Vec::new();
         let mut at = dir;
         while let Some(directory) = self.dirs.get(at as usize)
             && let Some(parent) = directory.parent
         {
-            names.push(directory.name.to_bytes());
+            names.push(directory.name.as_c_str());
             at = parent;
         }
         names.reverse();
-        names.join(&b'/')
+        names
     }
 }
 

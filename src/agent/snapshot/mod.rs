@@ -281,13 +281,8 @@ impl Taker {
                         }
                         self.failures += 1;
                         self.error = Some(text.clone());
-                        let phase = match step {
-                            Step::Take => SnapshotPhase::Copying,
-                            Step::Describe | Step::Verify => SnapshotPhase::Committing,
-                            Step::Clear | Step::Remove => SnapshotPhase::Deleting,
-                        };
                         if step != Step::Clear {
-                            self.tell(&snapshot, Verdict::new(phase, reason, text)).await;
+                            self.tell(&snapshot, Verdict::new(step.phase(), reason, text)).await;
                         }
                         let wait = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(8)).min(RETRY_MOST);
                         let at = (Instant::now() + jittered(wait)).min(instant(wanted.deadline).max(Instant::now()));
@@ -407,18 +402,16 @@ impl Taker {
         observed: &Option<Observed>,
     ) -> Result<(), StepFailed> {
         let shared = self.shared.clone();
-        let (phase, reason, message) = match step {
-            Step::Take => (SnapshotPhase::Copying, Reason::Copying, "the bot's layer is being copied while it runs"),
+        let begins = match step {
+            Step::Take => Some((Reason::Copying, "the bot's layer is being copied while it runs")),
             Step::Describe | Step::Verify => {
-                (SnapshotPhase::Committing, Reason::Committing, "the version is committed, and is being read back")
+                Some((Reason::Committing, "the version is committed, and is being read back"))
             }
-            Step::Clear | Step::Remove => {
-                (SnapshotPhase::Deleting, Reason::Terminating, "the version is being removed")
-            }
+            Step::Clear | Step::Remove => None,
         };
         // A step that failed says why, until it is done.
-        if !matches!(step, Step::Clear | Step::Remove) && self.error.is_none() {
-            self.tell(snapshot, Verdict::new(phase, reason, message)).await;
+        if let Some((reason, message)) = begins.filter(|_| self.error.is_none()) {
+            self.tell(snapshot, Verdict::new(step.phase(), reason, message)).await;
         }
         let quit = shared.stop.child_token();
         let act = async {

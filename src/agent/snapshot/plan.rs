@@ -126,6 +126,15 @@ impl Step {
             Self::Remove => "snapshot_remove",
         }
     }
+
+    /// The phase of a snapshot whose step this is.
+    pub fn phase(self) -> SnapshotPhase {
+        match self {
+            Self::Take => SnapshotPhase::Copying,
+            Self::Describe | Self::Verify => SnapshotPhase::Committing,
+            Self::Clear | Self::Remove => SnapshotPhase::Deleting,
+        }
+    }
 }
 
 /// What comes next.
