@@ -631,7 +631,8 @@ async fn a_frozen_bot_is_thawed_whoever_dies() {
         if who == "both" {
             until("both gone", || processes(&link).is_empty());
             assert!(layer.is_frozen(), "somebody else thawed it");
-            assert_eq!(settle_debts(&layer.at("debts")).unwrap(), ["the-bot"]);
+            // A process loses its command line before its locks.
+            until("a debt without a maker", || settle_debts(&layer.at("debts")).unwrap() == ["the-bot"]);
         }
         until("thawed", || !layer.is_frozen());
         let took = began.elapsed();

@@ -102,6 +102,8 @@ effects! {
     SnapshotFreeze = "snapshot_take.freeze",
     SnapshotHold = "snapshot_take.hold",
     SnapshotCommit = "snapshot_take.commit",
+    ExportLayer = "snapshot_export.layer",
+    ExportImage = "snapshot_export.image",
     SnapshotRemoveCopy = "snapshot_remove.copy",
     SnapshotRemove = "snapshot_remove.version",
     SnapshotStatus = "snapshot.status",

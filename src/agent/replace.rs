@@ -222,6 +222,7 @@ impl Actor {
             size_bytes: None,
             files: None,
             changes: None,
+            exported: None,
         };
         around(note, async { self.versions.note(&version.uid, &taken) }).await.map_err(StepError::Version)?;
         let (name, labels) = (version.runtime_name(), version.labels(stands.image, stands.digest));

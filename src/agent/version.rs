@@ -20,7 +20,8 @@ use containerd_client::services::v1::snapshots::{
     StatSnapshotRequest, UpdateSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    AddResourceRequest, CreateRequest as CreateLeaseRequest, DeleteRequest as DeleteLeaseRequest, Resource,
+    AddResourceRequest, CreateRequest as CreateLeaseRequest, DeleteImageRequest, DeleteRequest as DeleteLeaseRequest,
+    Resource,
 };
 use containerd_client::types::Mount;
 use jiff::Timestamp;
@@ -105,6 +106,19 @@ pub struct Taken {
     pub files: Option<u64>,
     /// Against the version before.
     pub changes: Option<Changes>,
+    /// The OCI image that was made of it.
+    #[serde(default)]
+    pub exported: Option<Exported>,
+}
+
+/// An OCI image in the content store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Exported {
+    /// Of its manifest.
+    pub digest: String,
+    /// What it costs beside the version. Bytes.
+    pub bytes: u64,
 }
 
 /// Something could not be done with a version.
@@ -162,6 +176,7 @@ impl VersionError {
                 FailureKind::TooManyChanges => Reason::TooManyChanges,
                 FailureKind::Storage => Reason::StorageFailed,
                 FailureKind::Mismatch => Reason::SnapshotCorrupt,
+                FailureKind::Unsupported => Reason::ExportUnsupported,
                 FailureKind::Freezer | FailureKind::Aborted | FailureKind::Other => Reason::RuntimeFailed,
             },
             Self::Files { .. } => Reason::StorageFailed,
@@ -175,7 +190,9 @@ impl VersionError {
     pub fn retryable(&self) -> bool {
         match self {
             Self::Runtime(_) | Self::Copier(_) | Self::Files { .. } | Self::Missing { .. } => true,
-            Self::Failed(failure) => !matches!(failure.kind, FailureKind::TooManyChanges | FailureKind::Mismatch),
+            Self::Failed(failure) => {
+                !matches!(failure.kind, FailureKind::TooManyChanges | FailureKind::Mismatch | FailureKind::Unsupported)
+            }
             Self::NoDirectory { .. } | Self::Corrupt { .. } => false,
         }
     }
@@ -402,8 +419,17 @@ impl Versions {
         added.call("add to lease", name).map(|_| ())
     }
 
+    /// Ends a version's lease, and the name of an image that was made of it. That is as large as the version, so its bytes are
+    /// waited for.
     async fn let_go(&self, name: &str) -> Result<(), CallFailed> {
-        let request = DeleteLeaseRequest { id: name.to_owned(), sync: false };
+        let request = DeleteImageRequest { name: name.to_owned(), ..DeleteImageRequest::default() };
+        let exported =
+            match self.containerd.images().delete(self.containerd.request(request)).await.call("delete image", name) {
+                Ok(_) => true,
+                Err(error) if error.is_not_found() => false,
+                Err(error) => return Err(error),
+            };
+        let request = DeleteLeaseRequest { id: name.to_owned(), sync: exported };
         match self.containerd.leases().delete(self.containerd.request(request)).await.call("delete lease", name) {
             Err(error) if error.is_not_found() => Ok(()),
             done => done.map(|_| ()),

@@ -175,9 +175,12 @@ pub struct BotSnapshotStatus {
     /// How many files it holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub files: Option<i64>,
-    /// Digest of the OCI layer, once made.
+    /// Digest of the OCI image's manifest in the node's content store, once made: `export: OCI`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+    /// What the OCI image costs beside the version. Bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export_bytes: Option<i64>,
     /// Against the version before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub changes: Option<Changes>,
@@ -187,7 +190,7 @@ pub struct BotSnapshotStatus {
     /// When it became Ready.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ready_at: Option<Time>,
-    /// Ready, Verified.
+    /// Ready, Verified, Exported.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }

@@ -8,7 +8,8 @@ use std::fmt;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-/// The condition types of a BotContainer, and of a BotSnapshot, which has `Ready` and `Verified`.
+/// The condition types of a BotContainer, and of a BotSnapshot, which has `Ready`, `Verified`
+/// and, where that was asked for, `Exported`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ConditionType {
     /// What is observed is what was asked.
@@ -25,6 +26,8 @@ pub enum ConditionType {
     Restored,
     /// What was committed was read back and is what was copied.
     Verified,
+    /// The version is an OCI image in the node's content store.
+    Exported,
     /// kstatus: work is under way towards the newest generation.
     Reconciling,
     /// kstatus: only an edit helps.
@@ -42,6 +45,7 @@ impl ConditionType {
             Self::NetworkReady => "NetworkReady",
             Self::Restored => "Restored",
             Self::Verified => "Verified",
+            Self::Exported => "Exported",
             Self::Reconciling => "Reconciling",
             Self::Stalled => "Stalled",
         }
@@ -127,6 +131,10 @@ reasons! {
     Committing => "Wait: the copy is whole, and is being committed and read back.",
     SnapshotReady => "Nothing to do: the version is there, and was read back.",
     Verified => "Nothing to do: what was committed was read back and is what was copied.",
+    Exporting => "Wait: the version is being written as an OCI image into the node's content store.",
+    Exported => "Nothing to do: `ctr -n berth images push REFERENCE` with status.runtimeName after it pushes the image, on the node.",
+    ExportFailed => "The version is no OCI image yet; the message says why. It is tried again.",
+    ExportUnsupported => "The version holds what an OCI layer has no words for; the message says where. The version itself is whole; change that in the bot and take another.",
     SnapshotCorrupt => "What was committed is not what was copied; the message says where. It is kept as evidence until the BotSnapshot is deleted. Look after the node's disk, and take another.",
     SnapshotFailed => "The version could not be made; the message says why. Take another.",
     SnapshotLost => "What the version is made of is gone from containerd; delete the BotSnapshot.",

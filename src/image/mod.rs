@@ -8,6 +8,7 @@
 //! registry     HTTP: mirrors, authentication, manifests, blobs
 //! store        containerd: blobs, snapshots, records, leases
 //! pull         one pull: resolve -> fetch -> unpack -> record
+//! export       a version as an image: its base, and one layer more              (with_layer pure)
 //! collect      which images go when the disk is full                             (plan pure)
 //! ```
 //!
@@ -19,6 +20,7 @@ mod collect;
 mod config;
 mod credentials;
 mod error;
+mod export;
 mod manifest;
 mod pull;
 mod reference;
@@ -40,6 +42,7 @@ pub use collect::{Collected, CollectionPolicy, FsUsage, InUse};
 pub use config::RunConfig;
 pub use credentials::{BadCredentials, Credentials};
 pub use error::{Flaw, ImageError, Tried};
+pub use export::{Base, ExportError, LayerBlob, LayerWriter};
 pub use reference::{BadReference, Digest, Reference};
 pub use registry::{Authority, BadAuthorities, BadMirror, Mirror};
 

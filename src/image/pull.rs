@@ -31,12 +31,12 @@ use super::error::{Flaw, ImageError};
 use super::manifest::{self, Descriptor, ImageManifest, Manifest};
 use super::reference::{Digest, Reference};
 use super::registry::{Session, endpoints};
-use super::store::{self, PullLease, Usage};
+use super::store::{self, Made, PullLease, Usage};
 use super::{Image, Inner};
 use crate::containerd::CallFailed;
 
 /// The largest config that is read; image-spec asks for no more than 4 MiB of any manifest-like thing.
-const MAX_CONFIG: u64 = 4 << 20;
+pub(super) const MAX_CONFIG: u64 = 4 << 20;
 /// Indexes within indexes, at most.
 const MAX_NESTING: usize = 3;
 /// One message to containerd. gRPC takes 16 MiB; memory held is this, twice, for each layer that comes at once.
@@ -53,6 +53,23 @@ impl Inner {
         self.whole(reference, &target, snapshotter).await
     }
 
+    /// The manifest behind a digest for this machine, if it is here and can be read.
+    pub(super) async fn manifest(&self, target: &Digest) -> Result<Option<ImageManifest>, CallFailed> {
+        let mut digest = target.clone();
+        for _ in 0..=MAX_NESTING {
+            let Some(blob) = self.store.read(&digest, self.options.max_manifest_bytes).await? else { return Ok(None) };
+            match manifest::parse(&blob.bytes, None) {
+                Ok((Manifest::Image(found), _)) => return Ok(Some(found)),
+                Ok((Manifest::Index(entries), _)) => match manifest::choose(&entries, &self.platform) {
+                    Ok(chosen) => digest = chosen.digest.clone(),
+                    Err(_) => return Ok(None),
+                },
+                Err(_) => return Ok(None),
+            }
+        }
+        Ok(None)
+    }
+
     /// The image behind a digest, if all of it is here: manifests, config, layer blobs and the unpacked layers.
     pub(super) async fn whole(
         &self,
@@ -61,25 +78,7 @@ impl Inner {
         snapshotter: &str,
     ) -> Result<Option<Image>, ImageError> {
         let failed = |e| runtime(reference, e);
-        let mut digest = target.clone();
-        let mut image = None;
-        for _ in 0..=MAX_NESTING {
-            let Some(blob) = self.store.read(&digest, self.options.max_manifest_bytes).await.map_err(failed)? else {
-                return Ok(None);
-            };
-            match manifest::parse(&blob.bytes, None) {
-                Ok((Manifest::Image(found), _)) => {
-                    image = Some(found);
-                    break;
-                }
-                Ok((Manifest::Index(entries), _)) => match manifest::choose(&entries, &self.platform) {
-                    Ok(chosen) => digest = chosen.digest.clone(),
-                    Err(_) => return Ok(None),
-                },
-                Err(_) => return Ok(None),
-            }
-        }
-        let Some(image) = image else { return Ok(None) };
+        let Some(image) = self.manifest(target).await.map_err(failed)? else { return Ok(None) };
         let Some(blob) = self.store.read(&image.config.digest, MAX_CONFIG).await.map_err(failed)? else {
             return Ok(None);
         };
@@ -211,7 +210,7 @@ impl Inner {
             if now.is_none_or(|t| t.digest != digest.as_str()) {
                 let size = u64::try_from(target.size).unwrap_or(0);
                 let target = Descriptor { media_type: target.media_type, digest: digest.clone(), size };
-                self.store.set_record(&name, &target).await.map_err(failed)?;
+                self.store.set_record(&name, &target, Made::Pulled).await.map_err(failed)?;
             }
         }
         Ok(Some(image))
@@ -293,10 +292,10 @@ impl Pull<'_> {
             label(index, store::index_labels(child)).await?;
         }
         let pinned = self.reference.pinned(target.digest.clone()).record_name();
-        store.set_record(&pinned, &target).await.map_err(|e| self.runtime(e))?;
+        store.set_record(&pinned, &target, Made::Pulled).await.map_err(|e| self.runtime(e))?;
         let name = self.reference.record_name();
         if name != pinned {
-            store.set_record(&name, &target).await.map_err(|e| self.runtime(e))?;
+            store.set_record(&name, &target, Made::Pulled).await.map_err(|e| self.runtime(e))?;
         }
         self.inner.uses.touch(&target.digest);
         self.inner.configs.put(&target.digest, &config.run);

@@ -35,6 +35,8 @@ use crate::containerd::{CallContext as _, CallFailed, Containerd, LeaseId};
 
 /// On image records and snapshots that are ours to collect.
 pub(crate) const OURS: &str = "berth.dev/image";
+/// On image records of versions: they go with their version, and are no images to be collected.
+const EXPORTED: &str = "berth.dev/exported";
 /// On leases of pulls.
 const LEASE: &str = "berth.dev/image-pull";
 const LEASE_PREFIX: &str = "berth-pull-";
@@ -51,6 +53,15 @@ pub(crate) const EXTRACT_PREFIX: &str = "berth-extract-";
 #[derive(Clone)]
 pub(crate) struct Store {
     containerd: Containerd,
+}
+
+/// How an image record came to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Made {
+    /// From a registry.
+    Pulled,
+    /// Of a version.
+    Exported,
 }
 
 /// A small blob, read whole.
@@ -96,6 +107,11 @@ fn gone<T>(result: Result<T, CallFailed>) -> Result<(), CallFailed> {
 impl Store {
     pub fn new(containerd: Containerd) -> Self {
         Self { containerd }
+    }
+
+    /// Containerd's namespace that all of it is in.
+    pub fn namespace(&self) -> &str {
+        self.containerd.namespace()
     }
 
     // Content
@@ -289,8 +305,9 @@ impl Store {
         Ok(self.containerd.images().list(request).await.call("list images", self.containerd.namespace())?.images)
     }
 
-    /// Makes a name mean a digest. A record that someone else made keeps its labels, and so its maker.
-    pub async fn set_record(&self, name: &str, target: &Descriptor) -> Result<(), CallFailed> {
+    /// Makes a name mean a digest. `made`: how it came to be; what was pulled may be collected. A record that is there already
+    /// keeps its labels, and so its maker.
+    pub async fn set_record(&self, name: &str, target: &Descriptor, made: Made) -> Result<(), CallFailed> {
         let wire = WireDescriptor {
             media_type: target.media_type.clone(),
             digest: target.digest.to_string(),
@@ -299,7 +316,10 @@ impl Store {
         };
         let image = ImageRecord {
             name: name.to_owned(),
-            labels: HashMap::from([(OURS.to_owned(), "pulled".to_owned())]),
+            labels: HashMap::from([match made {
+                Made::Pulled => (OURS.to_owned(), "pulled".to_owned()),
+                Made::Exported => (EXPORTED.to_owned(), "true".to_owned()),
+            }]),
             target: Some(wire),
             ..ImageRecord::default()
         };
@@ -334,6 +354,13 @@ impl Store {
             self.end_lease(&lease.id, i + 1 == ours.len()).await?;
         }
         Ok(ours.len())
+    }
+
+    /// Adds to what a lease holds, by kind and id in the words of containerd's leases; whether or not it is there yet.
+    pub async fn hold(&self, lease: &LeaseId, kind: &str, id: &str) -> Result<(), CallFailed> {
+        let resource = Resource { id: id.to_owned(), r#type: kind.to_owned() };
+        let request = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
+        self.containerd.leases().add_resource(self.containerd.request(request)).await.call("add to lease", id).map(drop)
     }
 
     async fn end_lease(&self, id: &str, sync: bool) -> Result<(), CallFailed> {
@@ -471,7 +498,7 @@ impl PullLease {
         };
         // `begin` made one.
         let Some(lease) = lease else { return self.make().await };
-        self.add(&lease, kind, id).await?;
+        self.store.hold(&lease, kind, id).await?;
         Ok(lease)
     }
 
@@ -485,13 +512,6 @@ impl PullLease {
 
     pub async fn hold_snapshot(&self, snapshotter: &str, key: &str) -> Result<LeaseId, CallFailed> {
         self.hold(&format!("snapshots/{snapshotter}"), key).await
-    }
-
-    async fn add(&self, lease: &LeaseId, kind: &str, id: &str) -> Result<(), CallFailed> {
-        let containerd = &self.store.containerd;
-        let resource = Resource { id: id.to_owned(), r#type: kind.to_owned() };
-        let request = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
-        containerd.leases().add_resource(containerd.request(request)).await.call("add to lease", id).map(drop)
     }
 
     /// Renews for as long as it is polled. Never ends by itself.
@@ -514,7 +534,7 @@ impl PullLease {
         // What is held from here on goes to the new one by itself.
         let held: Vec<_> = self.state().held.iter().cloned().collect();
         for (kind, id) in held {
-            self.add(&lease, &kind, &id).await?;
+            self.store.hold(&lease, &kind, &id).await?;
         }
         Ok(())
     }

@@ -26,7 +26,7 @@ use rustix::process::{Pid, Resource, Signal};
 use super::assemble::assemble;
 use super::changes::{Lower, changes};
 use super::freezer::{Debt, settle};
-use super::job::{Failure, FailureKind, Hold, Job, Said, Summary};
+use super::job::{Failure, FailureKind, Hold, Job, Said, Summary, Written};
 use super::manifest::Manifest;
 use super::take::{MORE, Take, Then, is_complete, then};
 
@@ -35,6 +35,9 @@ pub const SUBCOMMAND: &str = "copier";
 
 /// What `/proc/PID/comm` says of both.
 const PROCESS_NAME: &std::ffi::CStr = c"berth-copier";
+
+/// Bytes that are written at once.
+const CHUNK: usize = 256 * 1024;
 
 /// Differences that are told in words.
 const WORDS: usize = 20;
@@ -54,21 +57,21 @@ pub fn main(mut arguments: impl Iterator<Item = std::ffi::OsString>) -> ExitCode
         return ExitCode::from(2);
     };
     if let Err(error) = detach(cgroup.as_deref()) {
-        say(&Said::Failed(failure(&error)));
+        say(&Said::Failed(Failure::of("can't begin", &error)));
         return ExitCode::FAILURE;
     }
     let pair = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
     let (ours, theirs) = match pair {
         Ok(pair) => pair,
         Err(error) => {
-            say(&Said::Failed(failure(&error.into())));
+            say(&Said::Failed(Failure::of("can't begin", &error.into())));
             return ExitCode::FAILURE;
         }
     };
     // SAFETY: this process has one thread, so the copy is whole.
     match unsafe { libc::fork() } {
         -1 => {
-            say(&Said::Failed(failure(&io::Error::last_os_error())));
+            say(&Said::Failed(Failure::of("can't begin", &io::Error::last_os_error())));
             ExitCode::FAILURE
         }
         0 => {
@@ -160,6 +163,10 @@ fn work(job: &Job, mut input: impl io::BufRead, guardian: OwnedFd) -> ExitCode {
         Job::Carry { source, path, dest, stage, lower } => carry(source, path, dest, stage, lower),
         Job::Describe { source, manifest, before, lower } => describe(source, manifest, before.as_deref(), lower),
         Job::Verify { source, manifest } => verify(source, manifest),
+        Job::Tar { source, manifest, from: None } => {
+            tar(source, manifest, 0, io::sink()).map(|written| Summary { tar: Some(written), ..Summary::default() })
+        }
+        Job::Tar { source, manifest, from: Some(from) } => return stream(source, manifest, *from),
     };
     match done {
         Ok(summary) => {
@@ -185,21 +192,9 @@ fn say(said: &Said) {
     }
 }
 
-fn failure(error: &io::Error) -> Failure {
-    let storage = matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::ReadOnlyFilesystem
-    ) || error.raw_os_error() == Some(libc::EIO);
-    let kind = if storage { FailureKind::Storage } else { FailureKind::Other };
-    Failure { kind, message: error.to_string() }
-}
-
 /// Adds to an error what was being done.
 fn at<T>(step: &str, path: &Path, done: io::Result<T>) -> Result<T, Failure> {
-    done.map_err(|error| {
-        let Failure { kind, message } = failure(&error);
-        Failure { kind, message: format!("can't {step} {}: {message}", path.display()) }
-    })
+    done.map_err(|error| Failure::of(&format!("can't {step} {}", path.display()), &error))
 }
 
 fn threads() -> usize {
@@ -419,6 +414,37 @@ fn verify(source: &Path, manifest: &Path) -> Result<Summary, Failure> {
     let now = at("read", source, Manifest::read_layer(source, threads(), true))?;
     let (mismatches, mismatch_count) = now.differences(&wanted, WORDS);
     Ok(Summary { mismatches, mismatch_count, ..summary(&now, None) })
+}
+
+fn tar(source: &Path, manifest: &Path, from: u64, out: impl io::Write) -> Result<Written, Failure> {
+    let wanted = at("read", manifest, Manifest::load(manifest))?;
+    let root = at("open", source, super::tree::open_root(source))?;
+    if from == 0 {
+        // Holes become zeros: a bot must not fill its node's disk by a file that costs it nothing.
+        let disk = at("measure", source, rustix::fs::fstatvfs(&root).map_err(io::Error::from))?;
+        let free = disk.f_bavail.saturating_sub(disk.f_blocks / 20).saturating_mul(disk.f_frsize);
+        let once = |item: &&super::manifest::Item| item.same.as_ref().is_none_or(|same| *same == item.path);
+        let bytes = wanted.items.iter().filter(once).fold(0_u64, |sum, item| sum.saturating_add(item.size));
+        if bytes > free {
+            let message =
+                format!("the tar would take {bytes} bytes, holes included; the node's disk has {free} to spare");
+            return Err(Failure { kind: FailureKind::Storage, message });
+        }
+    }
+    super::tar::write(root.as_fd(), &wanted, from, out)
+}
+
+/// Gives the tar itself; what goes wrong is said elsewhere, and seen by its not being whole.
+fn stream(source: &Path, manifest: &Path, from: u64) -> ExitCode {
+    let out = io::stdout().as_fd().try_clone_to_owned().map(std::fs::File::from);
+    let out = out.map(|out| io::BufWriter::with_capacity(CHUNK, out)).map_err(|error| Failure::of("no output", &error));
+    match out.and_then(|out| tar(source, manifest, from, out)) {
+        Ok(_) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{}", error.message);
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn summary(now: &Manifest, against: Option<(Option<&Path>, &[PathBuf])>) -> Summary {

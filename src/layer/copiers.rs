@@ -2,9 +2,11 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::process::Stdio;
+use std::task::{Context, Poll};
 
-use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWriteExt as _, BufReader, Lines, ReadBuf};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::copier::SUBCOMMAND;
@@ -58,6 +60,20 @@ impl Copiers {
 
     /// Starts a copier with a job.
     pub async fn start(&self, job: &Job) -> Result<Copy, CopierError> {
+        let (child, input, output) = self.spawn()?;
+        let mut copy = Copy { _child: child, input, said: BufReader::new(output).lines() };
+        copy.tell(job).await?;
+        Ok(copy)
+    }
+
+    /// Starts a copier with a job that gives bytes ([`Job::Tar`] from a byte on).
+    pub async fn stream(&self, job: &Job) -> Result<Stream, CopierError> {
+        let (child, mut input, output) = self.spawn()?;
+        tell(&mut input, job).await?;
+        Ok(Stream { _child: child, _input: input, output })
+    }
+
+    fn spawn(&self) -> Result<(Child, ChildStdin, ChildStdout), CopierError> {
         let failed = |source| CopierError::Start { program: self.program.clone(), source };
         let mut command = Command::new(&self.program);
         command.arg(SUBCOMMAND).args(&self.cgroup);
@@ -65,11 +81,32 @@ impl Copiers {
         let mut child = command.spawn().map_err(failed)?;
         let missing = || failed(io::Error::other("no pipe"));
         let input = child.stdin.take().ok_or_else(missing)?;
-        let said = BufReader::new(child.stdout.take().ok_or_else(missing)?).lines();
-        let mut copy = Copy { _child: child, input, said };
-        copy.tell(job).await?;
-        Ok(copy)
+        let output = child.stdout.take().ok_or_else(missing)?;
+        Ok((child, input, output))
     }
+}
+
+/// The bytes that a copier gives. Dropped, it ends.
+#[derive(Debug)]
+pub struct Stream {
+    _child: Child,
+    // Its end is the agent's.
+    _input: ChildStdin,
+    output: ChildStdout,
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, to: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.output).poll_read(cx, to)
+    }
+}
+
+async fn tell(input: &mut ChildStdin, what: &impl serde::Serialize) -> Result<(), CopierError> {
+    let died = |error| CopierError::Died(Some(error));
+    let mut line = serde_json::to_vec(what).map_err(|error| died(error.into()))?;
+    line.push(b'\n');
+    input.write_all(&line).await.map_err(died)?;
+    input.flush().await.map_err(died)
 }
 
 impl Copy {
@@ -91,10 +128,6 @@ impl Copy {
     }
 
     async fn tell(&mut self, what: &impl serde::Serialize) -> Result<(), CopierError> {
-        let died = |error| CopierError::Died(Some(error));
-        let mut line = serde_json::to_vec(what).map_err(|error| died(error.into()))?;
-        line.push(b'\n');
-        self.input.write_all(&line).await.map_err(died)?;
-        self.input.flush().await.map_err(died)
+        tell(&mut self.input, what).await
     }
 }

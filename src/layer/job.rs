@@ -74,6 +74,16 @@ pub enum Job {
         /// What it must be.
         manifest: PathBuf,
     },
+    /// Write a layer that nobody changes as an OCI layer: a tar.
+    Tar {
+        /// The layer's own directory.
+        source: PathBuf,
+        /// What it must be.
+        manifest: PathBuf,
+        /// `None`: only its size and digest are told. Else the tar itself from that byte on, and nothing but that, goes to standard
+        /// output; one that ends early has not the size that was told.
+        from: Option<u64>,
+    },
 }
 
 /// How the bot is held still while the rest is copied. What `Take` waits for after [`Said::Precopied`].
@@ -131,6 +141,18 @@ pub struct Summary {
     pub mismatches: Vec<String>,
     /// How many of these there are.
     pub mismatch_count: u64,
+    /// What its tar would be, where that was asked.
+    pub tar: Option<Written>,
+}
+
+/// Size and digest of what was written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Written {
+    /// Bytes.
+    pub size: u64,
+    /// SHA-256 of them: `sha256:…`.
+    pub digest: String,
 }
 
 /// Why it can't be done.
@@ -141,6 +163,17 @@ pub struct Failure {
     pub kind: FailureKind,
     /// For people.
     pub message: String,
+}
+
+impl Failure {
+    /// What an error of the file system makes of a step.
+    pub fn of(step: &str, error: &std::io::Error) -> Self {
+        use std::io::ErrorKind::{QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+        let storage = matches!(error.kind(), StorageFull | QuotaExceeded | ReadOnlyFilesystem)
+            || error.raw_os_error() == Some(libc::EIO);
+        let kind = if storage { FailureKind::Storage } else { FailureKind::Other };
+        Self { kind, message: format!("{step}: {error}") }
+    }
 }
 
 /// Why it can't be done, in a word.
@@ -155,6 +188,8 @@ pub enum FailureKind {
     Freezer,
     /// A layer is not what its manifest says.
     Mismatch,
+    /// An OCI layer has no words for what it holds.
+    Unsupported,
     /// The agent is gone.
     Aborted,
     /// Anything else.

@@ -9,6 +9,7 @@
 //!                                      assemble.rs  makes the tree of what was held, with every fact
 //!                                      manifest.rs  what is in a layer, and whether it still is
 //!                                      changes.rs   two manifests -> what was added, modified, removed      (pure)
+//!                                      tar.rs       a version as an OCI layer
 //!                                      freezer.rs   the cgroup's freezer, and the note of a bot that is frozen
 //! ```
 //!
@@ -25,9 +26,10 @@ mod freezer;
 mod job;
 mod manifest;
 mod take;
+mod tar;
 mod tree;
 
-pub use copiers::{CopierError, Copiers, Copy};
+pub use copiers::{CopierError, Copiers, Copy, Stream};
 pub use diff::diff;
 pub use freezer::settle_debts;
-pub use job::{Failure, FailureKind, Hold, Job, Said, Summary};
+pub use job::{Failure, FailureKind, Hold, Job, Said, Summary, Written};

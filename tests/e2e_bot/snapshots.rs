@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use berth::api::bot_container::{DeletionPolicy, Phase, RestoreFrom, RestorePolicy};
-use berth::api::bot_snapshot::{ChangeKind, Consistency, SnapshotPhase, SnapshotSource, Taken};
+use berth::api::bot_snapshot::{ChangeKind, Consistency, Export, SnapshotPhase, SnapshotSource, Taken};
 use berth::api::condition::{ConditionType, find};
 use berth::api::{BotContainer, BotRecord, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
+use berth::layer::{Copiers, Job, Said};
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
@@ -33,9 +34,12 @@ impl Stage {
 
     /// Where the files of a version are that the layer itself has.
     fn files_of(&self, snapshot: &BotSnapshot) -> PathBuf {
-        let name = told(snapshot).runtime_name.clone().unwrap();
+        self.files_in(told(snapshot).runtime_name.as_deref().unwrap())
+    }
+
+    fn files_in(&self, name: &str) -> PathBuf {
         let key = format!("{name}.test");
-        let mounts = self.agent.ctr(["snapshots", "view", "--mounts", "--target", "/x", &key, &name]);
+        let mounts = self.agent.ctr(["snapshots", "view", "--mounts", "--target", "/x", &key, name]);
         // Nothing holds the view: containerd's collector may be quicker.
         let lower = mounts.split("lowerdir=").nth(1).unwrap_or_else(|| panic!("no lowerdir: {mounts}"));
         lower.split([':', ' ', ',']).next().unwrap().into()
@@ -428,4 +432,119 @@ async fn a_bot_moves_to_another_image_with_its_data_and_back() {
     assert_eq!(facts(&path_in(&back, "/data/deep/er/file")), was);
     assert!(path_in(&back, "/etc/of-the-second").exists(), "the very layer that it left");
     assert!(page(&back).await.starts_with("Also I am web"));
+}
+
+/// Every fact of a layer, but those that overlayfs notes for itself, and the times of the root, which whoever unpacks it moves, and
+/// of whiteouts, which tell nothing.
+async fn facts(files: &std::path::Path) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let manifest = dir.path().join("manifest");
+    let copiers = Copiers::new(env!("CARGO_BIN_EXE_berth").into(), None);
+    let job = Job::Describe { source: files.into(), manifest: manifest.clone(), before: None, lower: vec![] };
+    let mut copy = copiers.start(&job).await.unwrap();
+    let said = copy.next().await.unwrap();
+    assert!(matches!(said, Said::Done(_)), "{said:?}");
+    let text = std::fs::read_to_string(manifest).unwrap();
+    let line = |line: &str| {
+        let mut fact: serde_json::Value = serde_json::from_str(line).unwrap();
+        if let Some(attributes) = fact.get_mut("x").and_then(|x| x.as_object_mut()) {
+            attributes.retain(|name, _| !name.starts_with("trusted.overlay.") || name.ends_with(".opaque"));
+            if attributes.is_empty() {
+                fact.as_object_mut().unwrap().remove("x");
+            }
+        }
+        const WHITEOUT: u64 = 0o020_000;
+        if fact["p"] == "" || (fact["m"] == WHITEOUT && fact.get("r").is_none()) {
+            fact["t"] = json!(null);
+        }
+        fact.to_string()
+    };
+    text.lines().map(line).collect()
+}
+
+impl Stage {
+    /// Waits for what is said of a snapshot's image.
+    async fn exported(&self, name: &str, status: &str, reason: &str) -> BotSnapshotStatus {
+        wait_for(format!("Exported={status} {reason} of {name}"), SOON, || async {
+            let seen = self.ns.snapshots().get(name).await.unwrap();
+            let Some(said) = seen.status else { return Err("no status".to_owned()) };
+            match find(&said.conditions, ConditionType::Exported) {
+                Some(c) if (c.status.as_str(), c.reason.as_str()) == (status, reason) => {
+                    assert_eq!(said.observed_generation, seen.metadata.generation);
+                    assert_eq!(said.phase, Some(SnapshotPhase::Ready), "a version is Ready with its image or without");
+                    Ok(said)
+                }
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_becomes_an_image_that_is_pushed_and_run_elsewhere() {
+    let stage = Stage::set("snap-export").await;
+    let bot = stage.runs(bot("web")).await;
+    write_in(&bot, "/data/a/one", "1");
+    let script = "cd /data && ln a/one a/same && ln -s ../nowhere a/link && mkfifo a/pipe && mkdir -m 1777 a/deep \
+        && dd if=/dev/zero of=a/sparse bs=1 count=1 seek=1000000 && chown 12:34 a/sparse && : > a/old \
+        && rm -rf /bin/env /root && mkdir /root && : > /root/tool && chmod 4755 /root/tool";
+    let id = status(&bot).container_id.clone().unwrap();
+    stage.agent.ctr(["tasks", "exec", "--exec-id", "x", &id, "/bin/sh", "-c", script]);
+    // containerd unpacks no time before 1970.
+    let at = rustix::fs::Timespec { tv_sec: 2, tv_nsec: 500_000_001 };
+    let times = rustix::fs::Timestamps { last_access: at, last_modification: at };
+    let flags = rustix::fs::AtFlags::empty();
+    rustix::fs::utimensat(rustix::fs::CWD, path_in(&bot, "/data/a/old"), &times, flags).unwrap();
+    let xattr = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(path_in(&bot, "/data/a/one"), c"user.mine", b"of\n\0the=bot", xattr).unwrap();
+
+    stage.taken("first", "web").await;
+    // Asked for afterwards, and at once.
+    let patch = Patch::Merge(json!({"spec": {"export": "OCI", "displayName": "to travel"}}));
+    stage.ns.snapshots().patch("first", &PatchParams::default(), &patch).await.unwrap();
+    let first = stage.exported("first", "True", "Exported").await;
+    stage.ask_for("second", BotSnapshotSpec { export: Export::OCI, ..BotSnapshotSpec::of("web") }).await;
+    let second = stage.exported("second", "True", "Exported").await;
+    assert!(first.digest.is_some() && first.export_bytes > Some(1_000_000), "{first:?}");
+    assert_eq!((&first.digest, first.export_bytes), (&second.digest, second.export_bytes), "same contents, same image");
+    let digest = first.digest.clone().unwrap();
+
+    // Elsewhere it is what it was here.
+    let image = format!("{}/berth/exported-{}:1", stage.cluster.env("BERTH_REGISTRY"), stage.ns.name());
+    stage.agent.ctr(["images", "push", "--plain-http", &image, first.runtime_name.as_ref().unwrap()]);
+    let twin = stage.runs(crate::common::bot("twin").image(&image)).await;
+    assert_eq!(read_in(&twin, "/data/a/one").await, "1");
+    let lineage = &status(&twin).lineage;
+    let top = lineage.iter().find(|l| l.kind == "Active").and_then(|l| l.parent.clone()).unwrap();
+    let (here, there) = (stage.files_of(&stage.ns.snapshots().get("first").await.unwrap()), stage.files_in(&top));
+    assert_eq!(facts(&here).await, facts(&there).await);
+
+    // The image goes with the last version that it was made of.
+    let blobs = || stage.agent.ctr(["content", "list", "-q"]);
+    for (name, there) in [("first", true), ("second", false)] {
+        stage.ns.snapshots().delete(name, &DeleteParams::default()).await.unwrap();
+        wait_for(format!("{name} gone"), SOON, || async {
+            match stage.ns.snapshots().get_opt(name).await.unwrap() {
+                None => Ok(()),
+                Some(_) => Err("there".to_owned()),
+            }
+        })
+        .await;
+        // Pulled for the twin, it is held by the image's record.
+        if !there {
+            stage.ns.delete("twin", SOON).await;
+            for pulled in stage.agent.ctr(["images", "list", "-q"]).lines().filter(|name| name.contains("exported-")) {
+                stage.agent.ctr(["images", "remove", "--sync", pulled]);
+            }
+        }
+        assert_eq!(blobs().contains(&digest), there, "{name}");
+    }
+
+    // What an OCI layer has no words for is said, and the version is one all the same.
+    write_in(&bot, "/data/.wh.one", "no deletion");
+    stage.ask_for("third", BotSnapshotSpec { export: Export::OCI, ..BotSnapshotSpec::of("web") }).await;
+    let third = stage.exported("third", "False", "ExportUnsupported").await;
+    let said = find(&third.conditions, ConditionType::Exported).unwrap();
+    assert!(said.message.contains("/data/.wh.one") && third.digest.is_none(), "{said:?}");
 }

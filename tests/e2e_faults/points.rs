@@ -61,6 +61,8 @@ enum Way {
     Snapshotted,
     /// A BotSnapshot that is Ready is deleted.
     SnapshotDeleted,
+    /// Of a BotSnapshot that is Ready, an OCI image is asked for.
+    Exported,
     /// Running, with a rollback asked for that keeps what it replaces.
     Rolled,
     /// The same, and what it replaces goes.
@@ -135,6 +137,7 @@ fn way(effect: Effect) -> Way {
         | Effect::SnapshotHold
         | Effect::SnapshotCommit
         | Effect::SnapshotStatus => Way::Snapshotted,
+        Effect::ExportLayer | Effect::ExportImage => Way::Exported,
         Effect::SnapshotRemoveCopy | Effect::SnapshotRemove => Way::SnapshotDeleted,
         Effect::RemoveLogs => Way::Orphaned,
     }
@@ -228,7 +231,12 @@ impl Scene {
                 self.phase(name, Phase::Failed).await;
                 Some(bot)
             }
-            Way::Snapshotted | Way::SnapshotDeleted | Way::Rolled | Way::RolledBare | Way::Withdrawn => {
+            Way::Snapshotted
+            | Way::SnapshotDeleted
+            | Way::Exported
+            | Way::Rolled
+            | Way::RolledBare
+            | Way::Withdrawn => {
                 let bot = self.apply(counting(name).restart(RestartPolicy::Never)).await;
                 self.phase(name, Phase::Running).await;
                 self.started(&bot, 1).await;
@@ -304,6 +312,11 @@ impl Scene {
             Way::SnapshotDeleted => {
                 let api = self.ns.api::<BotSnapshot>();
                 api.delete(&version(name), &DeleteParams::default()).await.unwrap();
+                bot.unwrap().clone()
+            }
+            Way::Exported => {
+                let patch = Patch::Merge(serde_json::json!({"spec": {"export": "OCI"}}));
+                self.ns.api::<BotSnapshot>().patch(&version(name), &PatchParams::default(), &patch).await.unwrap();
                 bot.unwrap().clone()
             }
             Way::Paused => self.apply(next.paused()).await,
@@ -412,6 +425,20 @@ impl Scene {
                 self.phase(name, Phase::Running).await;
                 starts(1);
             }
+            Way::Exported => {
+                let api = self.ns.api::<BotSnapshot>();
+                let digest = wait_for(format!("{point}: an image"), SOON, || async {
+                    let status = api.get(&version(name)).await.unwrap().status.unwrap();
+                    let exported =
+                        find(&status.conditions, ConditionType::Exported).is_some_and(|c| c.status == "True");
+                    status.digest.clone().filter(|_| exported).ok_or(format!("{status:?}"))
+                });
+                let digest = digest.await;
+                let blobs = self.agent.ctr(["content", "list", "-q"]);
+                assert!(blobs.contains(&digest), "{point}: {digest} of {blobs}");
+                self.phase(name, Phase::Running).await;
+                starts(1);
+            }
             Way::SnapshotDeleted => {
                 self.versions(0, point).await;
                 self.phase(name, Phase::Running).await;
@@ -495,7 +522,7 @@ const UP: &[Way] = &[Way::Up, Way::Addressed, Way::Pulled, Way::Unstartable];
 const CHANGE: &[Way] = &[Way::Paused, Way::Resumed, Way::Limited, Way::Skilled, Way::Changed];
 const END: &[Way] = &[Way::StoppedFrozen, Way::Stopped, Way::Stubborn, Way::Ended, Way::Lost, Way::Left, Way::Settled];
 const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
-const SNAPSHOT: &[Way] = &[Way::Snapshotted, Way::SnapshotDeleted];
+const SNAPSHOT: &[Way] = &[Way::Snapshotted, Way::Exported, Way::SnapshotDeleted];
 const ROLLBACK: &[Way] = &[Way::Rolled, Way::RolledBare, Way::Withdrawn];
 const MOVE: &[Way] = &[Way::Moved, Way::MovedBack];
 const KEPT: &[Way] = &[Way::Retained, Way::Restored];

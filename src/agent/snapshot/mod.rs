@@ -2,7 +2,7 @@
 //! do one step, look again.
 //!
 //! ```text
-//!   plan.rs     Wanted + Found -> Take | Describe | Verify | Clear | Remove | Wait | Fail | Settled    (pure)
+//!   plan.rs     Wanted + Found -> Take | Describe | Verify | Export | Clear | Remove | Wait | Fail | Settled    (pure)
 //!   mod.rs      looks, does the step with the node's versions (../version.rs) and copiers (src/layer)
 //!   status.rs   what is said of it                                                                     (pure)
 //!   sweep.rs    versions that nobody owns
@@ -33,6 +33,8 @@ use crate::api::bot_snapshot::{Export, SnapshotPhase, Taken as TakenState};
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::BotUid;
 use crate::api::{BotContainer, BotSnapshot};
+use crate::containerd::LeaseId;
+use crate::image::{ExportError, LayerBlob};
 use crate::layer::{Hold, Job, Said};
 
 use super::desired::{Keep, Rollback, desired};
@@ -40,7 +42,7 @@ use super::failpoint::{Effect, around};
 use super::labels;
 use super::observe::{Observed, Task};
 use super::run::{Nudge, Shared, Trigger, instant, jittered};
-use super::version::{Taken, Version, VersionError, intact};
+use super::version::{Exported, Taken, Version, VersionError, intact};
 
 use plan::{Bot, Found, Next, Step, Wanted, plan};
 use status::{Verdict, report};
@@ -101,6 +103,7 @@ impl Takers {
             error: None,
             retry_at: None,
             failed: None,
+            not_exported: None,
         };
         self.tasks.spawn(async move {
             let uid = taker.uid.clone();
@@ -150,6 +153,8 @@ impl Takers {
 enum StepFailed {
     #[error(transparent)]
     Version(#[from] VersionError),
+    #[error("no OCI image can be made of the version")]
+    Export(#[from] ExportError),
     #[error("the bot can't be looked at")]
     Observe(#[from] super::observe::ObserveFailed),
     /// The bot's layer was replaced meanwhile: what was copied is of the old one.
@@ -158,6 +163,26 @@ enum StepFailed {
     /// Something that counts more came in between.
     #[error("broken off")]
     Quit,
+}
+
+impl StepFailed {
+    /// The condition's reason.
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Version(error) => error.reason(),
+            Self::Export(_) => Reason::ExportFailed,
+            Self::Observe(_) | Self::Changed(_) | Self::Quit => Reason::RuntimeFailed,
+        }
+    }
+
+    /// Whether trying again can help.
+    fn retryable(&self) -> bool {
+        match self {
+            Self::Version(error) => error.retryable(),
+            // A registry, a hand, a disk with room: what is missing may come back.
+            Self::Export(_) | Self::Observe(_) | Self::Changed(_) | Self::Quit => true,
+        }
+    }
 }
 
 impl From<crate::containerd::CallFailed> for StepFailed {
@@ -187,6 +212,8 @@ struct Taker {
     retry_at: Option<Instant>,
     /// A failure that is final, until the object says so itself.
     failed: Option<(Reason, String, bool)>,
+    /// Why there is no OCI image of it yet, where that is known.
+    not_exported: Option<(Reason, String)>,
 }
 
 /// How a pass ended.
@@ -223,7 +250,9 @@ impl Taker {
             }
             // An object that is not seen any more was let go by the controller, after we said that nothing is left.
             let Some(snapshot) = self.current() else { return Pass::Over };
-            let Some(wanted) = Wanted::of(&snapshot) else { return Pass::Wait(None) };
+            let Some(mut wanted) = Wanted::of(&snapshot) else { return Pass::Wait(None) };
+            // It would be the same again.
+            wanted.export &= !matches!(self.not_exported, Some((Reason::ExportUnsupported, _)));
             // A bot that is not seen yet is not gone. Everybody is woken once all are seen.
             if !self.shared.listed.both() {
                 return Pass::Wait(None);
@@ -252,37 +281,40 @@ impl Taker {
                     Ok(()) => {
                         self.failures = 0;
                         self.error = None;
-                        if step != Step::Verify {
+                        self.not_exported = None;
+                        let over = matches!(step, Step::Verify | Step::Export);
+                        if !over || self.tell(&snapshot, Verdict::ready()).await {
                             continue;
                         }
-                        let mut verdict = Verdict::ready();
-                        if snapshot.spec.export == Export::OCI {
-                            // Nobody may rely on what is not made.
-                            verdict.message.push_str("; spec.export has no effect: this Berth makes no OCI layers yet");
-                        }
-                        self.tell(&snapshot, verdict).await
+                        false
                     }
                     Err(StepFailed::Quit) => continue,
                     Err(error) => {
-                        let final_ = matches!(&error, StepFailed::Version(error) if !error.retryable());
-                        let reason = match &error {
-                            StepFailed::Version(error) => error.reason(),
-                            _ => Reason::RuntimeFailed,
-                        };
+                        let final_ = !error.retryable();
+                        let reason = error.reason();
                         let text = chain(&error);
                         self.shared.metrics.error(reason);
                         tracing::warn!(
                             snapshot = %self.name, namespace = %self.namespace, step = step.name(), %reason,
                             attempts = self.failures + 1, error = text, "step failed"
                         );
-                        if final_ {
+                        if step == Step::Export && reason != Reason::SnapshotCorrupt {
+                            // The version is whole all the same.
+                            self.not_exported = Some((reason, text.clone()));
+                            if final_ {
+                                self.tell(&snapshot, Verdict::ready()).await;
+                                continue;
+                            }
+                        } else if final_ {
                             self.failed = Some((reason, text, reason == Reason::SnapshotCorrupt));
                             continue;
                         }
                         self.failures += 1;
                         self.error = Some(text.clone());
-                        if step != Step::Clear {
-                            self.tell(&snapshot, Verdict::new(step.phase(), reason, text)).await;
+                        match step {
+                            Step::Clear => {}
+                            Step::Export => drop(self.tell(&snapshot, Verdict::ready()).await),
+                            _ => drop(self.tell(&snapshot, Verdict::new(step.phase(), reason, text)).await),
                         }
                         let wait = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(8)).min(RETRY_MOST);
                         let at = (Instant::now() + jittered(wait)).min(instant(wanted.deadline).max(Instant::now()));
@@ -309,7 +341,13 @@ impl Taker {
                     }
                     told
                 }
-                Next::Settled => true,
+                // What changes nothing for the version is seen all the same: kstatus waits for that.
+                Next::Settled => match snapshot.status.as_ref() {
+                    Some(said) if said.observed_generation != snapshot.metadata.generation => {
+                        self.tell(&snapshot, Verdict::of(said)).await
+                    }
+                    _ => true,
+                },
                 Next::Removed => {
                     let message = "nothing of the version is left that only its object would free";
                     self.tell(&snapshot, Verdict::new(SnapshotPhase::Deleting, Reason::Removed, message)).await
@@ -355,7 +393,13 @@ impl Taker {
             (Some(_), false) => Bot::NoLayer,
             (Some(_), true) => Bot::Layer,
         };
+        let image = versions.taken(&self.uid).and_then(|taken| taken.exported).filter(|_| wanted.export);
+        let exported = match &image {
+            Some(image) => self.shared.actor.images.has_image(&name, &image.digest).await?,
+            None => false,
+        };
         let found = Found {
+            exported,
             committed: committed.is_some(),
             copy: copy.is_some(),
             manifest: versions.manifest(&self.uid).exists(),
@@ -407,8 +451,13 @@ impl Taker {
             Step::Describe | Step::Verify => {
                 Some((Reason::Committing, "the version is committed, and is being read back"))
             }
-            Step::Clear | Step::Remove => None,
+            Step::Export | Step::Clear | Step::Remove => None,
         };
+        if step == Step::Export && self.not_exported.is_none() {
+            let message = "the version is being written as an OCI image into the node's content store";
+            self.not_exported = Some((Reason::Exporting, message.to_owned()));
+            self.tell(snapshot, Verdict::ready()).await;
+        }
         // A step that failed says why, until it is done.
         if let Some((reason, message)) = begins.filter(|_| self.error.is_none()) {
             self.tell(snapshot, Verdict::new(step.phase(), reason, message)).await;
@@ -420,6 +469,7 @@ impl Taker {
                 Step::Take => self.take(wanted, observed.as_ref(), &quit).await,
                 Step::Describe => self.describe(wanted, &quit).await,
                 Step::Verify => self.verify(wanted, &quit).await,
+                Step::Export => self.export(wanted, &quit).await,
                 Step::Clear => self.clear(observed.as_ref()).await,
                 Step::Remove => self.remove(observed.as_ref()).await,
             };
@@ -518,6 +568,7 @@ impl Taker {
             size_bytes: Some(summary.size_bytes),
             files: Some(summary.files),
             changes: summary.changes,
+            exported: None,
         };
         versions.note(&self.uid, &taken)?;
         let (name, labels) = (wanted.version.runtime_name(), wanted.version.labels(&layer.image, &layer.digest));
@@ -612,6 +663,7 @@ impl Taker {
             size_bytes: None,
             files: None,
             changes: None,
+            exported: None,
         });
         let (size_bytes, files) = (Some(summary.size_bytes), Some(summary.files));
         versions.note(&self.uid, &Taken { size_bytes, files, changes: summary.changes, ..noted })?;
@@ -628,6 +680,31 @@ impl Taker {
         let summary = unless(quit, versions.run(&job)).await??;
         intact(&name, &summary)?;
         Ok(())
+    }
+
+    /// Makes an OCI image of the version: counts and hashes its tar, then writes it. So the blob is known before its first byte, is
+    /// gone on with after a cut, and containerd finds out if it was not the same twice.
+    async fn export(&self, wanted: &Wanted, quit: &CancellationToken) -> Result<(), StepFailed> {
+        let (versions, images) = (&self.shared.actor.versions, &self.shared.actor.images);
+        let name = wanted.version.runtime_name();
+        let missing = || VersionError::Missing { name: name.clone() };
+        let taken = versions.taken(&self.uid).ok_or_else(missing)?;
+        let lease = LeaseId::parse(&name).ok_or_else(missing)?;
+        let _turn = unless(quit, self.shared.snapshots.copies.acquire()).await?;
+        versions.hold(&name, &taken.digest).await?;
+        let base = images.base(&lease, &taken.image, &taken.digest).await?;
+        let source = versions.committed_dirs(&taken.snapshotter, &name).await?.own;
+        let tar = |from| Job::Tar { source: source.clone(), manifest: versions.manifest(&self.uid), from };
+        let written = unless(quit, versions.run(&tar(None))).await??.tar.ok_or_else(missing)?;
+        let layer = LayerBlob::tar(&written.digest, written.size).ok_or_else(missing)?;
+        if let Some(writer) = images.begin_layer(&lease, &layer).await? {
+            let bytes = versions.copiers().stream(&tar(Some(writer.offset()))).await?;
+            unless(quit, around(Effect::ExportLayer, writer.fill(images, bytes))).await??;
+        }
+        let digest = around(Effect::ExportImage, images.put_image(&lease, &name, &base, &layer)).await?;
+        tracing::info!(snapshot = %self.name, namespace = %self.namespace, digest, bytes = written.size, "exported");
+        let exported = Some(Exported { digest, bytes: written.size });
+        Ok(versions.note(&self.uid, &Taken { exported, ..taken })?)
     }
 
     async fn clear(&self, observed: Option<&Observed>) -> Result<(), StepFailed> {
@@ -648,7 +725,9 @@ impl Taker {
     }
 
     /// Brings the object's status up to what is so; whether it is.
-    async fn tell(&mut self, snapshot: &Arc<BotSnapshot>, verdict: Verdict) -> bool {
+    async fn tell(&mut self, snapshot: &Arc<BotSnapshot>, mut verdict: Verdict) -> bool {
+        let asked = snapshot.spec.export == Export::OCI && verdict.phase == SnapshotPhase::Ready;
+        verdict.not_exported = self.not_exported.clone().filter(|_| asked);
         let live = self.current().unwrap_or_else(|| snapshot.clone());
         let taken = self.shared.actor.versions.taken(&self.uid);
         let name = labels::version(&self.uid);

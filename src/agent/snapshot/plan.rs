@@ -3,6 +3,7 @@
 //! ```text
 //! being deleted      Remove                                                            -> Removed
 //! Ready, Failed      as it is; a version that is gone from containerd                  -> Fail(SnapshotLost)
+//! Ready, to travel   Export, unless it was
 //! made in place      (what a rollback replaced, the last of a deleted bot) its bot's loop commits it: wait
 //!                    Describe -> Verify                                                -> Ready
 //! copied             wait for the bot's layer; past the deadline                       -> Fail
@@ -12,7 +13,7 @@
 use jiff::Timestamp;
 
 use crate::api::BotSnapshot;
-use crate::api::bot_snapshot::{Consistency, SnapshotPhase, SnapshotSource};
+use crate::api::bot_snapshot::{Consistency, Export, SnapshotPhase, SnapshotSource};
 use crate::api::condition::Reason;
 use crate::api::ids::BotUid;
 
@@ -37,6 +38,8 @@ pub struct Wanted {
     pub deleted: bool,
     /// What its status says.
     pub phase: SnapshotPhase,
+    /// Whether an OCI image is to be made of it.
+    pub export: bool,
 }
 
 impl Wanted {
@@ -61,6 +64,7 @@ impl Wanted {
             deadline: created.saturating_add(limit).unwrap_or(Timestamp::MAX),
             deleted: meta.deletion_timestamp.is_some(),
             phase: status.phase.unwrap_or_default(),
+            export: spec.export == Export::OCI,
         })
     }
 }
@@ -81,6 +85,8 @@ pub struct Found {
     pub manifest: bool,
     /// Anything of it beside containerd.
     pub folder: bool,
+    /// The OCI image that was made of it, whole.
+    pub exported: bool,
     /// Its bot.
     pub bot: Bot,
 }
@@ -109,6 +115,8 @@ pub enum Step {
     Describe,
     /// Read the committed layer back against its manifest. Cut off: done again.
     Verify,
+    /// Make an OCI image of the version. Cut off: what is written of it is held by the version's lease, and gone on with.
+    Export,
     /// Remove a copy that nothing will be made of.
     Clear,
     /// Free the version's bytes, or leave them to the forks that stand on it. Cut off: the rest is found by name.
@@ -122,6 +130,7 @@ impl Step {
             Self::Take => "snapshot_take",
             Self::Describe => "snapshot_describe",
             Self::Verify => "snapshot_verify",
+            Self::Export => "snapshot_export",
             Self::Clear => "snapshot_clear",
             Self::Remove => "snapshot_remove",
         }
@@ -132,6 +141,7 @@ impl Step {
         match self {
             Self::Take => SnapshotPhase::Copying,
             Self::Describe | Self::Verify => SnapshotPhase::Committing,
+            Self::Export => SnapshotPhase::Ready,
             Self::Clear | Self::Remove => SnapshotPhase::Deleting,
         }
     }
@@ -179,6 +189,7 @@ pub fn plan(wanted: &Wanted, found: &Found, error: Option<&str>, now: Timestamp)
         // committed in place is nowhere else.
         SnapshotPhase::Failed if wanted.in_place && (found.committed || found.bot == Bot::LetsGo) => {}
         SnapshotPhase::Failed if found.copy => return Next::Do(Step::Clear),
+        SnapshotPhase::Ready if wanted.export && !found.exported => return Next::Do(Step::Export),
         SnapshotPhase::Ready | SnapshotPhase::Failed => return Next::Settled,
         _ => {}
     }
@@ -237,16 +248,18 @@ mod tests {
             deadline: at(300),
             deleted: false,
             phase: SnapshotPhase::Pending,
+            export: false,
         }
     }
 
     fn all() -> impl Iterator<Item = Found> {
-        (0..16).flat_map(|bits| {
+        (0..32).flat_map(|bits| {
             [Bot::Gone, Bot::NoLayer, Bot::Layer, Bot::LetsGo].map(|bot| Found {
                 committed: bits & 1 != 0,
                 copy: bits & 2 != 0,
                 manifest: bits & 4 != 0,
                 folder: bits & 8 != 0,
+                exported: bits & 16 != 0,
                 bot,
             })
         })
@@ -318,6 +331,19 @@ mod tests {
                 let left = found.committed || found.copy || found.folder;
                 let next = if left { Next::Do(Step::Remove) } else { Next::Removed };
                 assert_eq!(plan(&gone, &found, None, at(0)), next);
+            }
+        }
+    }
+
+    #[test]
+    fn an_image_is_made_of_what_is_ready_and_of_nothing_else() {
+        for phase in [SnapshotPhase::Pending, SnapshotPhase::Committing, SnapshotPhase::Failed, SnapshotPhase::Ready] {
+            for found in all() {
+                let wanted = Wanted { export: true, phase, ..wanted() };
+                let due = phase == SnapshotPhase::Ready && found.committed && !found.exported;
+                assert_eq!(plan(&wanted, &found, None, at(0)) == Next::Do(Step::Export), due, "{phase:?} {found:?}");
+                let gone = Wanted { deleted: true, ..wanted };
+                assert_ne!(plan(&gone, &found, None, at(0)), Next::Do(Step::Export), "deletion wins");
             }
         }
     }

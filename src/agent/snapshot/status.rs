@@ -22,12 +22,23 @@ pub struct Verdict {
     pub message: String,
     /// Whether what was committed is what was copied, once that is known.
     pub verified: Option<bool>,
+    /// Why there is no OCI image of it, where one was asked for.
+    pub not_exported: Option<(Reason, String)>,
 }
 
 impl Verdict {
     /// It is on its way, or failed.
     pub fn new(phase: SnapshotPhase, reason: Reason, message: impl Into<String>) -> Self {
-        Self { phase, reason, message: message.into(), verified: None }
+        Self { phase, reason, message: message.into(), verified: None, not_exported: None }
+    }
+
+    /// What is said of it already.
+    pub fn of(live: &BotSnapshotStatus) -> Self {
+        let said = |type_| find(&live.conditions, type_);
+        let reason = said(ConditionType::Ready).and_then(|c| Reason::parse(&c.reason)).unwrap_or(Reason::SnapshotReady);
+        let message = said(ConditionType::Ready).map(|c| c.message.clone()).unwrap_or_default();
+        let verified = said(ConditionType::Verified).map(|c| c.status == "True");
+        Self { verified, ..Self::new(live.phase.unwrap_or_default(), reason, message) }
     }
 
     /// It is there, and was read back.
@@ -49,6 +60,7 @@ pub fn report(
     let old = live.map(|live| live.conditions.as_slice()).unwrap_or_default();
     let ready = verdict.phase == SnapshotPhase::Ready;
     let number = |number: Option<u64>| number.map(|number| i64::try_from(number).unwrap_or(i64::MAX));
+    let image = taken.and_then(|taken| taken.exported.as_ref()).filter(|_| ready && verdict.not_exported.is_none());
     let mut status = BotSnapshotStatus {
         observed_generation: generation,
         phase: Some(verdict.phase),
@@ -62,6 +74,8 @@ pub fn report(
         files: taken.and_then(|taken| number(taken.files)),
         changes: taken.and_then(|taken| taken.changes.clone()),
         taken_at: taken.map(|taken| api_time(taken.taken_at)),
+        digest: image.map(|image| image.digest.clone()),
+        export_bytes: image.and_then(|image| number(Some(image.bytes))),
         ready_at: ready.then(|| live.and_then(|live| live.ready_at.clone()).unwrap_or_else(|| api_time(now))),
         ..BotSnapshotStatus::default()
     };
@@ -84,6 +98,14 @@ pub fn report(
         ),
         Some(false) => say(ConditionType::Verified, Some(false), verdict.reason, &verdict.message),
         None => {}
+    }
+    match (image, &verdict.not_exported) {
+        (Some(image), _) => {
+            let message = format!("an OCI image, manifest {}, is in the node's content store", image.digest);
+            say(ConditionType::Exported, Some(true), Reason::Exported, &message);
+        }
+        (None, Some((reason, message))) => say(ConditionType::Exported, Some(false), *reason, message),
+        (None, None) => {}
     }
     match verdict.phase {
         SnapshotPhase::Ready | SnapshotPhase::Deleting => {}
@@ -110,6 +132,7 @@ pub fn says(live: Option<&BotSnapshotStatus>, wanted: &BotSnapshotStatus) -> boo
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::version::Exported;
     use super::*;
     use crate::api::bot_snapshot::Taken as TakenState;
 
@@ -136,6 +159,7 @@ mod tests {
             size_bytes: Some(1 << 20),
             files: Some(3),
             changes: None,
+            exported: None,
         }
     }
 
@@ -150,6 +174,42 @@ mod tests {
         assert!(says(Some(&first), &again), "no difference, no write");
         let given = BotSnapshotStatus { version: Some(4), bot_id: Some("web".into()), ..first };
         assert!(says(Some(&given), &again), "what the controller says is none of ours");
+    }
+
+    #[test]
+    fn an_image_is_told_once_it_is_there_and_why_it_is_not() {
+        let waiting =
+            Verdict { not_exported: Some((Reason::Exporting, "it is being made".to_owned())), ..Verdict::ready() };
+        let first = report(Some(1), "v", &waiting, Some(&taken()), None, at(60));
+        let said = |status: &BotSnapshotStatus| {
+            find(&status.conditions, ConditionType::Exported).map(|c| (c.status.clone(), c.reason.clone()))
+        };
+        assert_eq!(said(&first), Some(("False".to_owned(), "Exporting".to_owned())));
+        assert_eq!((first.phase, first.digest.clone()), (Some(SnapshotPhase::Ready), None));
+        let image = Exported { digest: "sha256:9".to_owned(), bytes: 7 };
+        let made = Taken { exported: Some(image), ..taken() };
+        let then = report(Some(1), "v", &Verdict::ready(), Some(&made), Some(&first), at(61));
+        assert_eq!(said(&then), Some(("True".to_owned(), "Exported".to_owned())));
+        assert_eq!((then.digest.as_deref(), then.export_bytes), (Some("sha256:9"), Some(7)));
+        let lost = report(Some(1), "v", &waiting, Some(&made), Some(&then), at(62));
+        assert_eq!((said(&lost), lost.digest), (said(&first), None), "never claimed while it is not there");
+    }
+
+    #[test]
+    fn what_is_said_already_is_said_again_for_a_newer_generation() {
+        let corrupt = Verdict {
+            verified: Some(false),
+            ..Verdict::new(SnapshotPhase::Failed, Reason::SnapshotCorrupt, "other bytes")
+        };
+        for verdict in [Verdict::ready(), corrupt, Verdict::new(SnapshotPhase::Failed, Reason::SnapshotFailed, "no")] {
+            let first = report(Some(1), "v", &verdict, Some(&taken()), None, at(60));
+            assert_eq!(Verdict::of(&first), verdict);
+            let again = report(Some(2), "v", &Verdict::of(&first), Some(&taken()), Some(&first), at(99));
+            let same = BotSnapshotStatus { observed_generation: Some(1), ..again.clone() };
+            assert!(
+                again.observed_generation == Some(2) && same.phase == first.phase && same.ready_at == first.ready_at
+            );
+        }
     }
 
     #[test]

@@ -120,7 +120,7 @@ fn bytes(size: i64) -> String {
 /// The snapshots of a namespace, what they cost on disk, and who holds the bytes of what was deleted.
 pub fn table(snapshots: &[BotSnapshot], bots: &[BotContainer]) -> String {
     let mut rows: Vec<Vec<String>> = vec![
-        ["NAME", "BOT", "VERSION", "SOURCE", "PHASE", "TAKEN", "FROZEN", "SIZE", "FILES", "CHANGES"]
+        ["NAME", "BOT", "VERSION", "SOURCE", "PHASE", "TAKEN", "FROZEN", "SIZE", "EXPORTED", "FILES", "CHANGES"]
             .map(str::to_owned)
             .to_vec(),
     ];
@@ -145,6 +145,7 @@ pub fn table(snapshots: &[BotSnapshot], bots: &[BotContainer]) -> String {
             or_dash(status.taken_at.as_ref().map(|at| at.0.to_string())),
             or_dash(status.frozen_millis.map(|millis| format!("{millis} ms"))),
             or_dash(status.size_bytes.map(bytes)),
+            or_dash(status.export_bytes.map(bytes)),
             or_dash(status.files.map(|files| files.to_string())),
             or_dash(changes),
         ]);
@@ -154,7 +155,15 @@ pub fn table(snapshots: &[BotSnapshot], bots: &[BotContainer]) -> String {
     let (count, size) = whole.fold((0, 0_i64), |(count, size), (_, status)| {
         (count + 1, size.saturating_add(status.size_bytes.unwrap_or(0)))
     });
-    text.push_str(&format!("{count} on disk, {} in all; what forks share with them is counted once\n", bytes(size)));
+    // The same contents are one blob, however many versions were exported as it.
+    let images: BTreeMap<&str, i64> =
+        sorted.iter().filter_map(|(_, status)| Some((status.digest.as_deref()?, status.export_bytes?))).collect();
+    let exported = match images.values().fold(0_i64, |sum, size| sum.saturating_add(*size)) {
+        0 => String::new(),
+        size => format!(", {} more as OCI images", bytes(size)),
+    };
+    let size = bytes(size);
+    text.push_str(&format!("{count} on disk, {size} in all{exported}; what forks share with them is counted once\n"));
     // A version that a bot stands on and that has no object: its bytes go with the last of these.
     let named: BTreeSet<&str> = sorted.iter().filter_map(|(_, status)| status.runtime_name.as_deref()).collect();
     let mut held: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
@@ -226,10 +235,14 @@ mod tests {
                 None,
                 on_image(
                     2,
-                    json!({"source": "Rollback", "changes": {"added": 1, "modified": 2, "removed": 3, "bytes": 9}}),
+                    json!({"source": "Rollback", "digest": "sha256:1", "exportBytes": 2048, "changes": {"added": 1, "modified": 2, "removed": 3, "bytes": 9}}),
                 ),
             ),
-            snapshot("first", Some("before the upgrade"), on_image(1, json!({}))),
+            snapshot(
+                "first",
+                Some("before the upgrade"),
+                on_image(1, json!({"digest": "sha256:1", "exportBytes": 2048})),
+            ),
             snapshot(
                 "third",
                 None,
@@ -271,11 +284,11 @@ not on a disk: version 3 \"Version 3\" (BotSnapshot third, Scheduled, Failed)
         assert_eq!(
             table(&snapshots()[..3], &[web(), fork]),
             "\
-NAME     BOT   VERSION   SOURCE      PHASE    TAKEN                  FROZEN   SIZE      FILES   CHANGES
-first    web   1         Manual      Ready    2026-11-24T11:00:00Z   12 ms    1.5 MiB   7       -
-second   web   2         Rollback    Ready    2026-11-24T12:00:00Z   12 ms    1.5 MiB   7       +1 ~2 -3
-third    web   3         Scheduled   Failed   -                      -        -         -       -
-2 on disk, 3.0 MiB in all; what forks share with them is counted once
+NAME     BOT   VERSION   SOURCE      PHASE    TAKEN                  FROZEN   SIZE      EXPORTED   FILES   CHANGES
+first    web   1         Manual      Ready    2026-11-24T11:00:00Z   12 ms    1.5 MiB   2.0 KiB    7       -
+second   web   2         Rollback    Ready    2026-11-24T12:00:00Z   12 ms    1.5 MiB   2.0 KiB    7       +1 ~2 -3
+third    web   3         Scheduled   Failed   -                      -        -         -          -       -
+2 on disk, 3.0 MiB in all, 2.0 KiB more as OCI images; what forks share with them is counted once
 deleted, but its bytes are held by its forks: berth-v-gone, by fork
 "
         );
