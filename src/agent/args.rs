@@ -152,6 +152,11 @@ pub struct AgentArgs {
     #[arg(long, env = "BERTH_ORPHAN_GRACE_SECONDS", value_name = "SECONDS", default_value_t = 60)]
     pub orphan_grace_seconds: u64,
 
+    /// How long a layer stays that a bot under `deletionPolicy: Retain` left when its namespace was deleted: until then `kubectl berth
+    /// adopt` makes a version of it. For example `7d` or `36h`.
+    #[arg(long, env = "BERTH_ORPHAN_RETENTION", value_name = "DURATION", default_value = "7d", value_parser = duration)]
+    pub orphan_retention: Duration,
+
     /// Where /healthz, /readyz and /metrics are served; none without it.
     #[arg(long, env = "BERTH_HEALTH_ADDRESS", value_name = "IP:PORT")]
     pub health_address: Option<SocketAddr>,
@@ -159,6 +164,14 @@ pub struct AgentArgs {
 
 fn percent() -> clap::builder::RangedI64ValueParser<u8> {
     clap::value_parser!(u8).range(0..=100)
+}
+
+/// A length of time in jiff's friendly format, a day being 24 hours.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = |error: &dyn std::fmt::Display| format!("{error}; expected for example 7d or 36h");
+    let span: jiff::Span = text.parse().map_err(|error: jiff::Error| wrong(&error))?;
+    let length = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).map_err(|error| wrong(&error))?;
+    Duration::try_from(length).map_err(|error| wrong(&error))
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {

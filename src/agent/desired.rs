@@ -38,7 +38,8 @@ pub struct Desired {
     pub before_image: Vec<(String, SnapshotPhase)>,
     /// The version to start from, where there is no layer.
     pub restore: Option<RestoredFrom>,
-    /// The version that a bot which is deleted under `Retain` becomes, once the controller has given it.
+    /// The version that a bot which is deleted under `Retain` becomes, once the controller has given it, or said that there can be no
+    /// BotSnapshot of it.
     pub preserve: Option<Version>,
     /// What the object is to be.
     pub goal: Goal,
@@ -214,7 +215,17 @@ pub fn desired(
     let before_image = of_bot.before_image(&uid);
     let restore = bot.status.as_ref().and_then(|status| status.restored_from.clone());
     let preserved = matches!(goal, Goal::Retained { .. });
-    let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").filter(|_| preserved);
+    let status = bot.status.as_ref();
+    let orphan = || Version {
+        uid: uid.to_string(),
+        name: name.clone(),
+        namespace: namespace.clone(),
+        bot_id: bot_id.clone(),
+        number: status.and_then(|status| status.last_version).unwrap_or(0).saturating_add(1),
+        orphan: true,
+    };
+    let orphan = status.is_some_and(|status| status.orphaned == Some(true)).then(orphan);
+    let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").or(orphan).filter(|_| preserved);
     let id = uid.container_id();
     Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, before_image, restore, preserve, goal })
 }
@@ -236,6 +247,7 @@ impl Versions<'_> {
                 namespace: meta.namespace.clone()?,
                 bot_id: status.bot_id.clone()?,
                 number: status.version?,
+                orphan: false,
             };
             (version.namespace == self.namespace && version.bot_id == self.bot_id && meta.deletion_timestamp.is_none())
                 .then_some((&**snapshot, version))

@@ -44,6 +44,9 @@ pub const FILLING: &str = "berth.dev/filling";
 pub const SNAPSHOT_UID: &str = "berth.dev/snapshot-uid";
 /// On a version: name of its BotSnapshot.
 pub const SNAPSHOT: &str = "berth.dev/snapshot";
+/// On a version that never had a BotSnapshot, since its namespace was being deleted: when it was left. Its [`SNAPSHOT_UID`] is the
+/// bot's.
+pub const ORPHANED: &str = "berth.dev/orphaned";
 /// On a version whose BotSnapshot is gone: forks stand on it.
 pub const RELEASED: &str = "berth.dev/released";
 

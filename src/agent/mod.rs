@@ -204,7 +204,9 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     );
     let bundle = Bundle::new(bundle_options, machine, cgroups.clone(), client.clone());
     let (room_sender, room) = watch::channel(None);
-    let registration = Arc::new(Registration::new(client.clone(), containerd.clone(), facts, room, metrics.clone()));
+    let (orphans_sender, orphans) = watch::channel(None);
+    let registration = Registration::new(client.clone(), containerd.clone(), facts, room, orphans, metrics.clone());
+    let registration = Arc::new(registration);
 
     // The rules of the network follow the node's CIDR.
     let (cidr_sender, cidr) = watch::channel(None);
@@ -313,7 +315,8 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     debts_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let versions = shared.actor.versions.clone();
     let snapshotters = vec![args.snapshotter.clone()];
-    let versions = VersionSweeper::new(client.clone(), versions, snapshotters, args.orphan_grace());
+    let (grace, retention) = (args.orphan_grace(), args.orphan_retention);
+    let versions = VersionSweeper::new(client.clone(), versions, snapshotters, grace, retention, orphans_sender);
     let mut sweeper = Some(Sweeper::new(client, containerd, network, output, shims, versions));
     let mut sweeping = tokio::task::JoinSet::new();
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
@@ -385,6 +388,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             Some(nudge) = nudged.recv() => match nudge {
                 Nudge::Bot(uid) => loops.wake_uid(&uid, "snapshot"),
                 Nudge::Snapshots(uid) => takers.wake_of(&uid, "bot"),
+                Nudge::Sweep => sweep_at = sweep_at.min(Instant::now()),
             },
             // A copier and its guardian may both have been killed in the middle of a freeze.
             _ = debts_at.tick() => settle_debts(&debts, &metrics),

@@ -16,7 +16,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::bot_node::NodeVersions;
+use crate::api::bot_node::{NodeVersions, OrphanedLayer};
 use crate::api::condition::{Reason, api_time, chain};
 use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE};
 use crate::containerd::{CallContext, CallFailed, Containerd};
@@ -82,19 +82,21 @@ pub struct Registration {
     containerd: Containerd,
     facts: NodeFacts,
     room: watch::Receiver<Option<Room>>,
+    orphans: watch::Receiver<Option<Vec<OrphanedLayer>>>,
     metrics: Metrics,
 }
 
 impl Registration {
-    /// Of the node that `facts` speak of; `room` tells of its disk, once that was looked at.
+    /// Of the node that `facts` speak of; `room` tells of its disk, `orphans` of layers that have no object, once these were looked at.
     pub fn new(
         client: Client,
         containerd: Containerd,
         facts: NodeFacts,
         room: watch::Receiver<Option<Room>>,
+        orphans: watch::Receiver<Option<Vec<OrphanedLayer>>>,
         metrics: Metrics,
     ) -> Self {
-        Self { client, containerd, facts, room, metrics }
+        Self { client, containerd, facts, room, orphans, metrics }
     }
 
     fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
@@ -163,6 +165,11 @@ impl Registration {
             capacity: self.facts.capacity.clone(),
             allocatable: self.facts.capacity.clone(),
             addresses: self.facts.addresses.clone(),
+            // Nobody has looked yet: what an agent before this one said stands.
+            orphans: match &*self.orphans.borrow() {
+                Some(orphans) => orphans.clone(),
+                None => live.map(|live| live.orphans.clone()).unwrap_or_default(),
+            },
             conditions,
         })
     }
@@ -249,7 +256,7 @@ impl Registration {
     /// Keeps BotNode and Lease until `stop`. A failure is logged and tried again: the controller notices a Lease that
     /// runs out, and bots run on.
     pub async fn keep(&self, ready: watch::Sender<bool>, stop: CancellationToken) {
-        let mut room = self.room.clone();
+        let (mut room, mut orphans) = (self.room.clone(), self.orphans.clone());
         loop {
             // The status first: a fresh Lease says that what the BotNode claims holds.
             let done = match self.publish().await {
@@ -273,6 +280,7 @@ impl Registration {
                 () = tokio::time::sleep(super::run::jittered(wait)) => {}
                 // A disk that fills up is told at once.
                 Ok(()) = room.changed() => {}
+                Ok(()) = orphans.changed() => {}
                 () = stop.cancelled() => return,
             }
         }

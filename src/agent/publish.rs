@@ -12,18 +12,20 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
-use crate::api::{AGENT, BotContainer, BotContainerStatus, BotSnapshot, BotSnapshotStatus};
+use crate::api::{AGENT, BotContainer, BotContainerStatus, BotNode, BotSnapshot, BotSnapshotStatus};
 
 use super::failpoint::{Effect, around};
 use super::metrics::Metrics;
 use super::snapshot::status::says as snapshot_says;
 use super::status::says;
+use super::version::Version;
 
 /// Writes statuses and Events of bots.
 #[derive(Clone)]
 pub struct Publisher {
     client: Client,
     recorder: Recorder,
+    node: String,
     metrics: Metrics,
 }
 
@@ -38,10 +40,10 @@ pub struct PublishFailed {
 }
 
 impl Publisher {
-    /// `instance` names this agent in Events.
-    pub fn new(client: Client, instance: String, metrics: Metrics) -> Self {
-        let reporter = Reporter { controller: AGENT.to_owned(), instance: Some(instance) };
-        Self { recorder: Recorder::new(client.clone(), reporter), client, metrics }
+    /// `node` names this agent in Events.
+    pub fn new(client: Client, node: String, metrics: Metrics) -> Self {
+        let reporter = Reporter { controller: AGENT.to_owned(), instance: Some(node.clone()) };
+        Self { recorder: Recorder::new(client.clone(), reporter), client, node, metrics }
     }
 
     /// Writes `status` where the live object says something else; gives back the object as it is then.
@@ -104,6 +106,19 @@ impl Publisher {
     /// Records an Event on a bot. One that can't be written is logged: Events are for people, and no truth hangs on them.
     pub async fn event(&self, bot: &BotContainer, type_: EventType, reason: Reason, note: String) {
         self.record(&bot.object_ref(&()), type_, reason, note).await;
+    }
+
+    /// Records an Event on the node of a layer that was left without an object: in its own namespace there can be none.
+    pub async fn orphaned(&self, left: &Version) {
+        let reference = BotNode::new(&self.node, Default::default()).object_ref(&());
+        let note = format!(
+            "the namespace {} is being deleted, so what its bot {} wrote stays on this node as {} for --orphan-retention; `kubectl \
+             berth adopt` makes a version of it",
+            left.namespace,
+            left.name,
+            left.runtime_name()
+        );
+        self.record(&reference, EventType::Warning, Reason::NamespaceTerminating, note).await;
     }
 
     async fn record(&self, reference: &ObjectReference, type_: EventType, reason: Reason, note: String) {

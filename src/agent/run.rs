@@ -136,6 +136,8 @@ pub enum Nudge {
     Bot(BotUid),
     /// The loops of a bot's snapshots.
     Snapshots(BotUid),
+    /// The search for what nobody owns: there is something new, or less.
+    Sweep,
 }
 
 /// Wakes one loop.
@@ -417,6 +419,12 @@ impl BotLoop {
                             last = Some((*step, repeats));
                             if matches!(step, Step::SettleReplaced | Step::Preserve) {
                                 self.shared.nudge(Nudge::Snapshots(self.bot.uid.clone())).await;
+                            }
+                            if let (Step::Preserve, Some(left)) = (step, desired.preserve.as_ref().filter(|p| p.orphan))
+                            {
+                                self.shared.metrics.error(Reason::NamespaceTerminating);
+                                self.shared.publisher.orphaned(left).await;
+                                self.shared.nudge(Nudge::Sweep).await;
                             }
                             self.retry.take_if(|retry| retry.trouble.step == *step);
                             if repeats >= SAME_STEP {

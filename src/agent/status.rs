@@ -636,8 +636,14 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
 pub fn says(live: Option<&BotContainerStatus>, wanted: &BotContainerStatus) -> bool {
     let Some(live) = live else { return false };
     let scheduled = ConditionType::Scheduled.as_str();
-    let mut own =
-        BotContainerStatus { node_name: None, bot_id: None, restored_from: None, last_version: None, ..live.clone() };
+    let mut own = BotContainerStatus {
+        node_name: None,
+        bot_id: None,
+        restored_from: None,
+        last_version: None,
+        orphaned: None,
+        ..live.clone()
+    };
     own.conditions.retain(|c| c.type_ != scheduled);
     let mut wanted = wanted.clone();
     own.conditions.sort_by(|a, b| a.type_.cmp(&b.type_));

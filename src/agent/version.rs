@@ -54,6 +54,9 @@ pub struct Version {
     pub bot_id: String,
     /// Its number.
     pub number: i64,
+    /// Whether there is no BotSnapshot of it: the namespace of its bot was being deleted. Uid and name are the bot's then.
+    #[serde(default)]
+    pub orphan: bool,
 }
 
 impl Version {
@@ -64,6 +67,7 @@ impl Version {
 
     /// Labels of the version, and of the copy that becomes it. `image` and `digest` are what it stands on.
     pub fn labels(&self, image: &str, digest: &str) -> HashMap<String, String> {
+        let orphaned = self.orphan.then(|| (labels::ORPHANED, Timestamp::now().to_string()));
         [
             (labels::SNAPSHOT_UID, self.uid.clone()),
             (labels::SNAPSHOT, self.name.clone()),
@@ -75,6 +79,7 @@ impl Version {
             (labels::GC_ROOT, Timestamp::now().to_string()),
         ]
         .into_iter()
+        .chain(orphaned)
         .map(|(key, value)| (key.to_owned(), value))
         .collect()
     }
@@ -109,6 +114,13 @@ pub struct Taken {
     /// The OCI image that was made of it.
     #[serde(default)]
     pub exported: Option<Exported>,
+}
+
+impl Taken {
+    /// The same, once its layer was read.
+    pub fn described(self, summary: Summary) -> Self {
+        Self { size_bytes: Some(summary.size_bytes), files: Some(summary.files), changes: summary.changes, ..self }
+    }
 }
 
 /// An OCI image in the content store.
@@ -286,6 +298,17 @@ impl Versions {
             fs::rename(&new, &path)
         };
         write().map_err(|source| VersionError::Files { path: path.clone(), source })
+    }
+
+    /// Gives a version the manifest of another, whose contents it has, and facts of its own.
+    pub fn inherit(&self, from: &str, uid: &str, taken: &Taken) -> Result<(), VersionError> {
+        self.note(uid, taken)?;
+        let (path, new) = (self.manifest(uid), self.manifest(uid).with_extension("new"));
+        let copied = fs::copy(self.manifest(from), &new).and_then(|_| {
+            fs::File::open(&new)?.sync_all()?;
+            fs::rename(&new, &path)
+        });
+        copied.map_err(|source| VersionError::Files { path, source })
     }
 
     /// Forgets a version's manifest and facts.

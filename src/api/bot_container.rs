@@ -420,6 +420,10 @@ pub struct BotContainerStatus {
     /// The version that the bot starts from, chosen when it was bound: `spec.restoreFrom`, or what its botId left behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored_from: Option<RestoredFrom>,
+    /// Said by the controller of a bot that is deleted under `Retain` with its namespace: no BotSnapshot can be made of its layer, so
+    /// that stays on the node, listed in the BotNode's `status.orphans`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orphaned: Option<bool>,
     /// The chain image layers -> ... -> active layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lineage: Vec<LineageEntry>,

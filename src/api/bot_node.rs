@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::NodeAddress;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::CustomResource;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -35,6 +35,22 @@ pub struct BotNodeSpec {
     /// No new bots are placed here while set.
     #[serde(default)]
     pub unschedulable: bool,
+    /// Layers of `status.orphans` that become versions in a namespace. `kubectl berth adopt` writes it, and the controller takes out
+    /// what is done. Whoever may write it may read every orphan of the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adopt: Vec<Adoption>,
+}
+
+/// A layer that becomes a version.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Adoption {
+    /// Name of the layer in `status.orphans`.
+    pub orphan: String,
+    /// The namespace that gets it.
+    pub namespace: String,
+    /// Name of the BotSnapshot that is made there.
+    pub snapshot_name: String,
 }
 
 /// What the agent observed of its node.
@@ -59,9 +75,37 @@ pub struct BotNodeStatus {
     /// Where the node is reached.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<NodeAddress>,
+    /// Layers that bots under `deletionPolicy: Retain` left when their namespace was deleted, the oldest first; 256 at most are
+    /// told. Each is removed when it expires.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub orphans: Vec<OrphanedLayer>,
     /// Ready, RuntimeSupported, DiskPressure.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+}
+
+/// What a bot left in a namespace that was deleted: a version without an object.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OrphanedLayer {
+    /// Name in containerd.
+    pub name: String,
+    /// The namespace that was deleted.
+    pub namespace: String,
+    /// Name of the BotContainer.
+    pub bot_container_name: String,
+    /// Its uid.
+    pub bot_uid: String,
+    /// The bot.
+    pub bot_id: String,
+    /// Normalised reference of the image that it stands on.
+    pub image: String,
+    /// The version that it would have been.
+    pub version: i64,
+    /// When the bot left it.
+    pub left_at: Time,
+    /// When it is removed.
+    pub expires_at: Time,
 }
 
 /// Versions of what runs on a node.

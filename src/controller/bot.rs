@@ -19,7 +19,7 @@ use super::error::Error;
 use super::event::Note;
 use super::node::{NodeState, OUT_OF_SERVICE};
 use super::record::{self, Hold, bot_id};
-use super::snapshot::{self, Cause, Restore};
+use super::snapshot::{self, Cause, Ensured, Restore};
 use super::status::{Claim, Wanted, claimed, patch};
 use super::{Context, Name, Next, describe, finalizer};
 
@@ -232,7 +232,9 @@ async fn apply(
             let bot = prepare(context, &bot, record.as_deref(), take.then_some(&*node), finalizer).await?;
             let (bot_id, claim) = (bot_id(&bot), Claim::Keep);
             let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
-            let wanted = Wanted::Bound { node: node.clone(), bot_id, claim, restored_from: restore, last_version };
+            let (node, orphaned) = (node.clone(), false);
+            let wanted =
+                Wanted::Bound { node: node.clone(), bot_id, claim, restored_from: restore, last_version, orphaned };
             if say(context, &bot, &wanted, "binding").await? {
                 context.metrics.placed();
                 tracing::info!(bot = %name, node, "bound");
@@ -253,14 +255,21 @@ async fn apply(
                 return Ok(Next::At(at));
             }
             let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
-            let wanted = Wanted::Bound { node, bot_id: bot_id(&bot), claim, restored_from: None, last_version };
-            let written = say(context, &bot, &wanted, "status").await?;
+            let bound = |claim, orphaned| {
+                let (node, bot_id) = (node.clone(), bot_id(&bot));
+                Wanted::Bound { node, bot_id, claim, restored_from: None, last_version, orphaned }
+            };
+            let written = say(context, &bot, &bound(claim, false), "status").await?;
             if let (true, Some((reason, message))) = (written, news) {
                 context.world().claimed(name, message.clone(), now);
                 context.events.send(Note::warning(bot.object_ref(&()), reason, "Watch", message.clone(), message));
             }
             if let Some(cause) = Cause::awaited(&bot) {
-                snapshot::ensure(context, &bot, &cause).await?;
+                let ensured = snapshot::ensure(context, &bot, &cause).await?;
+                // A namespace that is being deleted stays so. What was just written brings the bot back here.
+                if (ensured, &cause, written) == (Ensured::NamespaceEnds, &Cause::Preserved, false) {
+                    say(context, &bot, &bound(Claim::Keep, true), "leaving the layer on its node").await?;
+                }
             }
             match record {
                 Some(record) => snapshot::keep_policy(context, name, &bot, &record).await,

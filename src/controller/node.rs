@@ -17,13 +17,14 @@ use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 
 use crate::api::BotNode;
-use crate::api::condition::Reason;
+use crate::api::bot_node::Adoption;
+use crate::api::condition::{Reason, chain};
 
 use super::cidr::Block;
 use super::error::Error;
 use super::event::Note;
 use super::place::{Candidate, allocatable};
-use super::{Context, Next};
+use super::{Context, Name, Next, snapshot};
 
 /// Set by an administrator who has made sure that the node is off (KEP-2268).
 pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
@@ -200,9 +201,43 @@ pub async fn reconcile(context: &Context, name: &str) -> Result<Next, Error> {
     };
     let wanted_owners = owners(&bot_node, node.as_deref());
     if bot_node.spec.bot_cidr.is_none() || wanted_owners.is_some() {
-        configure(context, name, bot_node, wanted_owners).await?;
+        configure(context, name, bot_node.clone(), wanted_owners).await?;
     }
+    adopt(context, &bot_node).await?;
     Ok(expires.map_or(Next::Resync, Next::At))
+}
+
+/// Makes the snapshots that are to adopt what bots left on this node, and takes out the entries that are done: their layer is on no
+/// list any more, since the agent made a version of it.
+async fn adopt(context: &Context, bot_node: &BotNode) -> Result<(), Error> {
+    let orphans = bot_node.status.as_ref().map(|status| status.orphans.as_slice()).unwrap_or_default();
+    let (there, done): (Vec<&Adoption>, Vec<&Adoption>) =
+        bot_node.spec.adopt.iter().partition(|entry| orphans.iter().any(|orphan| orphan.name == entry.orphan));
+    let mut failed = Ok(());
+    for Adoption { namespace, snapshot_name, orphan } in &there {
+        let name = Name { namespace: namespace.clone(), name: snapshot_name.clone() };
+        let Some(adopted) = context.world().adopted(&name) else { continue };
+        if let Err(error) = snapshot::adopt(context, &name, &adopted).await {
+            let note = format!("{orphan} can't become BotSnapshot {name}: {}", chain(&error));
+            let reason = Reason::AdoptionFailed;
+            context.events.send(Note::warning(bot_node.object_ref(&()), reason, "Adopt", note, name.to_string()));
+            failed = failed.and(Err(error));
+            continue;
+        }
+        context.queue.add_all([super::Key::Snapshot(name)], "adoption");
+    }
+    if done.is_empty() {
+        return failed;
+    }
+    let api: Api<BotNode> = Api::all(context.client.clone());
+    let (name, object) = (bot_node.name_any(), format!("BotNode {}", bot_node.name_any()));
+    let metadata = json!({"uid": bot_node.uid(), "resourceVersion": bot_node.resource_version()});
+    let body = json!({"metadata": metadata, "spec": {"adopt": there}});
+    let (params, patch) = (super::merge_params(), kube::api::Patch::Merge(&body));
+    let made = context.write("ending an adoption", &object, api.patch(&name, &params, &patch)).await?;
+    let wake = context.world().saw_bot_node(made, Instant::now());
+    context.queue.add_all(wake, "own write");
+    failed
 }
 
 async fn configure(

@@ -57,6 +57,28 @@ pub fn hold(uid: &str, record: Option<&BotRecord>, lives: impl FnOnce(&Holder) -
     }
 }
 
+/// The record of a botId that nobody holds, made where there is none.
+pub async fn ensure(context: &Context, namespace: &str, bot_id: &str) -> Result<BotRecord, Error> {
+    const STEP: &str = "keeping the botId";
+    let name = Name { namespace: namespace.to_owned(), name: bot_id.to_owned() };
+    if let Some(record) = context.world().record(&name) {
+        return Ok((*record).clone());
+    }
+    let api: Api<BotRecord> = Api::namespaced(context.client.clone(), namespace);
+    let object = format!("BotRecord {namespace}/{bot_id}");
+    let last_version = context.world().highest_version(namespace, bot_id);
+    let spec = BotRecordSpec { bot_id: bot_id.to_owned(), last_version, ..BotRecordSpec::default() };
+    let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
+    let made = match context.write(STEP, &object, api.create(&params, &BotRecord::new(bot_id, spec))).await {
+        // Made by another, or by us and its answer lost.
+        Err(error @ Error::Conflict { .. }) => context.read(STEP, &object, api.get_opt(bot_id)).await?.ok_or(error)?,
+        done => done?,
+    };
+    let wake = context.world().saw_record(made.clone());
+    context.queue.add_all(wake, "own write");
+    Ok(made)
+}
+
 /// Makes `bot` the holder of its botId with its layer on `node`: creates the record or changes `before`.
 pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotRecord>, node: &str) -> Result<(), Error> {
     const STEP: &str = "taking the botId";

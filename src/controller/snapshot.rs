@@ -121,6 +121,23 @@ pub struct View<'a> {
     pub hold: Option<Hold>,
     /// How it is with the node that the snapshot is on, if it is on one.
     pub node: Option<NodeState>,
+    /// What a bot left without an object, where this is to be made of that.
+    pub adopts: Option<&'a Adopted>,
+}
+
+/// What a bot left on a node without an object, in a namespace that was deleted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Where it is.
+    pub node: String,
+    /// Uid of the bot that left it; the agent finds it by that.
+    pub bot_uid: String,
+    /// The bot.
+    pub bot_id: String,
+    /// Name of its BotContainer.
+    pub bot_name: String,
+    /// The version that it would have been.
+    pub version: i64,
 }
 
 /// What to do about a snapshot. Each is safe to be cut off anywhere and decided again.
@@ -151,6 +168,8 @@ pub enum Plan {
         /// Who asked for it.
         source: SnapshotSource,
     },
+    /// The same, for what is adopted.
+    Adopt,
     /// Remove the finalizer.
     LetGo {
         /// What is lost with its node, if that is gone.
@@ -160,7 +179,7 @@ pub enum Plan {
 
 /// What to do about a snapshot.
 pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
-    let View { snapshot, bot, hold, node } = view;
+    let View { snapshot, bot, hold, node, adopts } = view;
     let none = BotSnapshotStatus::default();
     let status = snapshot.status.as_ref().unwrap_or(&none);
     if snapshot.metadata.deletion_timestamp.is_some() {
@@ -176,6 +195,9 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
     }
     if status.version.is_some() || status.phase == Some(SnapshotPhase::Failed) {
         return Plan::Rest;
+    }
+    if adopts.is_some() {
+        return Plan::Adopt;
     }
     let created = snapshot.creation_timestamp().map_or(now, |at| at.0);
     let until = created
@@ -304,12 +326,14 @@ pub fn newest<'a>(snapshots: impl IntoIterator<Item = &'a BotSnapshot>) -> Resto
 /// Fetch, plan, apply.
 pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
     let now = Timestamp::now();
-    let (snapshot, bot, record, plan) = {
+    let (snapshot, bot, record, adopts, plan) = {
         let mut world = context.world();
         let Some(seen) = world.snapshot_view(name, std::time::Instant::now()) else { return Ok(Next::Done) };
-        let view = View { snapshot: &seen.snapshot, bot: seen.bot.as_deref(), hold: seen.hold, node: seen.node };
+        let adopts = world.adopted(name);
+        let (bot, adopts_) = (seen.bot.as_deref(), adopts.as_ref());
+        let view = View { snapshot: &seen.snapshot, bot, hold: seen.hold, node: seen.node, adopts: adopts_ };
         let plan = decide(&view, now);
-        (seen.snapshot.clone(), seen.bot.clone(), seen.record, plan)
+        (seen.snapshot.clone(), seen.bot.clone(), seen.record, adopts, plan)
     };
     tracing::debug!(?plan, "decided");
     match plan {
@@ -327,9 +351,19 @@ pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
             Ok(Next::Resync)
         }
         Plan::Give { node, source } => match (bot, record) {
-            (Some(bot), Some(record)) => give(context, name, &snapshot, &bot, &record, node, source).await,
+            (Some(bot), Some(record)) => {
+                let least = 1;
+                let of = Of { bot_id: bot_id(&bot), bot_uid: bot.uid().unwrap_or_default(), node, source, least };
+                give(context, name, &snapshot, &record, of).await
+            }
             _ => Ok(Next::Resync),
         },
+        Plan::Adopt => {
+            let Some(Adopted { node, bot_uid, bot_id, version, .. }) = adopts else { return Ok(Next::Resync) };
+            let record = super::record::ensure(context, &name.namespace, &bot_id).await?;
+            let of = Of { bot_id, bot_uid, node, source: SnapshotSource::Preserved, least: version };
+            give(context, name, &snapshot, &record, of).await
+        }
         Plan::LetGo { lost } => {
             if let Some(why) = lost {
                 let text = format!("{why}; the version is lost");
@@ -343,15 +377,23 @@ pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
     }
 }
 
+/// What a snapshot is of.
+struct Of {
+    bot_id: String,
+    bot_uid: String,
+    node: String,
+    source: SnapshotSource,
+    /// The lowest number that it may get.
+    least: i64,
+}
+
 /// Finalizer, number, node.
 async fn give(
     context: &Context,
     name: &Name,
     snapshot: &BotSnapshot,
-    bot: &BotContainer,
     record: &BotRecord,
-    node: String,
-    source: SnapshotSource,
+    of: Of,
 ) -> Result<Next, Error> {
     let mut snapshot = snapshot.clone();
     if !snapshot.finalizers().iter().any(|f| f == SNAPSHOT_FINALIZER) {
@@ -371,7 +413,7 @@ async fn give(
         }
         None => false,
     };
-    let highest = context.world().highest_version(&name.namespace, &bot_id(bot));
+    let highest = context.world().highest_version(&name.namespace, &of.bot_id).max(of.least.saturating_sub(1));
     let version = match number(record, &uid, highest, untold) {
         Number::Has(version) => version,
         Number::Gets(version) => {
@@ -385,26 +427,35 @@ async fn give(
             return Ok(Next::At(std::time::Instant::now() + std::time::Duration::from_millis(50)));
         }
     };
-    let message = format!("waiting for the agent of {node}");
+    let message = format!("waiting for the agent of {}", of.node);
     let mut status = told(&snapshot, SnapshotPhase::Pending, Reason::WaitingForBot, &message);
-    status.bot_id = Some(bot_id(bot));
-    status.bot_uid = bot.uid();
+    status.bot_id = Some(of.bot_id);
+    status.bot_uid = Some(of.bot_uid);
     status.version = Some(version);
-    status.node_name = Some(node);
-    status.source = Some(source);
+    status.node_name = Some(of.node);
+    status.source = Some(of.source);
     write(context, &snapshot, &status, "giving the version").await?;
     Ok(Next::Resync)
 }
 
+/// Whether a snapshot that an agent waits for is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ensured {
+    /// It is.
+    Is,
+    /// It can't be: the namespace is being deleted.
+    NamespaceEnds,
+}
+
 /// Makes the snapshot that a bot's agent waits for, if it is not there.
-pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Result<(), Error> {
+pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Result<Ensured, Error> {
     let namespace = bot.namespace().unwrap_or_default();
     let (source, words) = (cause.source(), cause.words());
     let name = automatic_name(&bot.name_any(), &bot.uid().unwrap_or_default(), source, &words);
     // Also one that was given up: its agent takes it up again when it is asked for again. It is never made anew in its place, since
     // what is committed under its name would go with it.
     if context.world().has_snapshot(&Name { namespace: namespace.clone(), name: name.clone() }) {
-        return Ok(());
+        return Ok(Ensured::Is);
     }
     let spec = BotSnapshotSpec {
         display_name: Some(match cause {
@@ -416,28 +467,52 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
         .filter(|text| text.len() <= 253),
         ..BotSnapshotSpec::of(&bot.name_any())
     };
-    let mut snapshot = BotSnapshot::new(&name, spec);
+    let mut snapshot = made(&name, spec);
     snapshot.labels_mut().insert(SOURCE_LABEL.to_owned(), source.word());
     snapshot.annotations_mut().insert(CAUSE.to_owned(), words);
-    // It has it from birth: one write less, and no moment in which it could go unseen.
-    snapshot.metadata.finalizers = Some(vec![SNAPSHOT_FINALIZER.to_owned()]);
     let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &namespace);
     let object = format!("BotSnapshot {namespace}/{name}");
     let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
     match context.write("making", &object, api.create(&params, &snapshot)).await {
         Ok(made) => {
             keep(context, made);
-            Ok(())
+            Ok(Ensured::Is)
         }
+        // No Event can be made in it either: the agent tells of it on its BotNode.
         Err(Error::Forbidden { source, .. }) if is_ending(&source) => {
-            let note = "the namespace is being deleted, and nothing can be made in it any more, so no BotSnapshot either: \
-                        the bot's files stay on its node as they are; set spec.deletionPolicy to Delete to let them go";
-            let reason = Reason::NamespaceTerminating;
-            let once = namespace.clone();
-            context.events.send(Note::warning(bot.object_ref(&()), reason, "Snapshot", note.to_owned(), once));
-            Ok(())
+            tracing::warn!(snapshot = object, "the namespace is being deleted, so this can't be made");
+            Ok(Ensured::NamespaceEnds)
         }
         // Made before, by us or a leader before us.
+        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => {
+            Ok(Ensured::Is)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// A snapshot that the controller makes.
+fn made(name: &str, spec: BotSnapshotSpec) -> BotSnapshot {
+    let mut snapshot = BotSnapshot::new(name, spec);
+    // It has it from birth: one write less, and no moment in which it could go unseen.
+    snapshot.metadata.finalizers = Some(vec![SNAPSHOT_FINALIZER.to_owned()]);
+    snapshot
+}
+
+/// Makes the snapshot that is to adopt what a bot left, if it is not there.
+pub async fn adopt(context: &Context, name: &Name, of: &Adopted) -> Result<(), Error> {
+    if context.world().has_snapshot(name) {
+        return Ok(());
+    }
+    let spec = BotSnapshotSpec { display_name: Some("adopted".to_owned()), ..BotSnapshotSpec::of(&of.bot_name) };
+    let api: Api<BotSnapshot> = Api::namespaced(context.client.clone(), &name.namespace);
+    let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
+    let object = format!("BotSnapshot {name}");
+    match context.write("adopting", &object, api.create(&params, &made(&name.name, spec))).await {
+        Ok(snapshot) => {
+            keep(context, snapshot);
+            Ok(())
+        }
         Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
         Err(error) => Err(error),
     }

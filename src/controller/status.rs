@@ -41,6 +41,8 @@ pub enum Wanted {
         restored_from: Option<RestoredFrom>,
         /// The highest version number given; 0 for none.
         last_version: i64,
+        /// Whether its layer is to stay on the node without an object; what was decided stays.
+        orphaned: bool,
     },
 }
 
@@ -85,6 +87,7 @@ pub fn patch(old: &BotContainer, wanted: &Wanted, now: &Time) -> Option<Value> {
         && holds(&ours.bot_id, &live.bot_id)
         && holds(&ours.restored_from, &live.restored_from)
         && holds(&ours.last_version, &live.last_version)
+        && holds(&ours.orphaned, &live.orphaned)
         && holds(&ours.observed_generation, &live.observed_generation)
         && ours.conditions.iter().all(same);
     if settled {
@@ -131,11 +134,12 @@ fn ours(old: &BotContainer, live: &BotContainerStatus, wanted: &Wanted, now: &Ti
             ],
             ..BotContainerStatus::default()
         },
-        Wanted::Bound { node, bot_id, claim, restored_from, last_version } => {
+        Wanted::Bound { node, bot_id, claim, restored_from, last_version, orphaned } => {
             let mut status = BotContainerStatus {
                 node_name: Some(node.clone()),
                 bot_id: Some(bot_id.clone()),
                 restored_from: live.restored_from.clone().or_else(|| restored_from.clone()),
+                orphaned: live.orphaned.or(orphaned.then_some(true)),
                 // It never decreases, whatever a cache says.
                 last_version: live.last_version.max(Some(*last_version).filter(|version| *version > 0)),
                 conditions: vec![make(

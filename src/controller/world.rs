@@ -17,6 +17,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use crate::api::bot_container::RestorePolicy;
+use crate::api::bot_node::Adoption;
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
 use super::bot::{bound_to, home};
@@ -24,7 +25,7 @@ use super::node::{Heartbeat, NodeState, candidate, state};
 use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
 use super::record::{Hold, bot_id, hold};
 use super::retention::{Kept, surplus};
-use super::snapshot::{Restore, newest, usable};
+use super::snapshot::{Adopted, Restore, newest, usable};
 use super::{Key, Name};
 
 /// Where a bot sits in the accounts.
@@ -482,6 +483,23 @@ impl World {
         keys.extend(self.unbound.iter().filter(waits).cloned().map(Key::Bot));
         keys.retain(|key| !matches!(key, Key::Bot(bot) if !self.bots.contains_key(bot)));
         keys
+    }
+
+    /// What a snapshot of that name is to adopt: an entry of a BotNode names it, and the layer is there.
+    pub fn adopted(&self, name: &Name) -> Option<Adopted> {
+        self.bot_nodes.values().find_map(|node| {
+            let entry = |entry: &&Adoption| entry.namespace == name.namespace && entry.snapshot_name == name.name;
+            let wanted = node.spec.adopt.iter().find(entry)?;
+            let orphans = node.status.as_ref().map(|status| status.orphans.as_slice()).unwrap_or_default();
+            let orphan = orphans.iter().find(|orphan| orphan.name == wanted.orphan)?;
+            Some(Adopted {
+                node: node.name_any(),
+                bot_uid: orphan.bot_uid.clone(),
+                bot_id: orphan.bot_id.clone(),
+                bot_name: orphan.bot_container_name.clone(),
+                version: orphan.version,
+            })
+        })
     }
 
     /// The snapshots without a number that name a bot.

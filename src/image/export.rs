@@ -258,7 +258,7 @@ mod tests {
 
     fn base(history: Value) -> Base {
         let image =
-            ImageManifest { config: blob("x", b"config"), layers: vec![blob("lower", b"1"), blob("upper", b"22")] };
+            ImageManifest { config: blob("x", b"config"), layers: vec![blob(OCI_LAYER, b"1"), blob(OCI_LAYER, b"22")] };
         let diff_ids = [Digest::of(b"a").to_string(), Digest::of(b"b").to_string()];
         let config = json!({
             "os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": diff_ids},

@@ -689,6 +689,20 @@ impl Namespace {
         &self.name
     }
 
+    /// Deletes it with all that is in it, and waits until it is gone.
+    pub async fn end(&self) {
+        let api: Api<KubeNamespace> = Api::all(self.client.clone());
+        api.delete(&self.name, &DeleteParams::default()).await.unwrap();
+        wait_for(format!("namespace {} gone", self.name), SOON * 2, || async {
+            match api.get_opt(&self.name).await {
+                Ok(None) => Ok(()),
+                Ok(Some(left)) => Err(format!("{:?}", left.status)),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await;
+    }
+
     /// The administrator's client.
     pub fn client(&self) -> kube::Client {
         self.client.clone()

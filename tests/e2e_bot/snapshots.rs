@@ -4,15 +4,17 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use berth::api::bot_container::{DeletionPolicy, Phase, RestoreFrom, RestorePolicy};
+use berth::api::bot_node::OrphanedLayer;
 use berth::api::bot_snapshot::{ChangeKind, Consistency, Export, SnapshotPhase, SnapshotSource, Taken};
 use berth::api::condition::{ConditionType, find};
-use berth::api::{BotContainer, BotRecord, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
+use berth::api::{BotContainer, BotNode, BotRecord, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
 use berth::layer::{Copiers, Job, Said};
+use k8s_openapi::api::events::v1::Event;
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use serde_json::json;
 
-use crate::common::{SOON, bot, run, summary, wait_for};
+use crate::common::{Namespace, SOON, bot, run, summary, wait_for};
 use crate::images::push_another;
 use crate::stage::{Stage, WAIT, life, message, page, path_in, pid, read_in, says, status, uid};
 
@@ -547,4 +549,106 @@ async fn a_version_becomes_an_image_that_is_pushed_and_run_elsewhere() {
     let third = stage.exported("third", "False", "ExportUnsupported").await;
     let said = find(&third.conditions, ConditionType::Exported).unwrap();
     assert!(said.message.contains("/data/.wh.one") && third.digest.is_none(), "{said:?}");
+}
+
+impl Stage {
+    /// What the BotNode tells of layers without an object, once that is as wanted.
+    async fn orphans(&self, what: &str, wanted: impl Fn(&[OrphanedLayer]) -> bool) -> Vec<OrphanedLayer> {
+        let api: Api<BotNode> = Api::all(self.ns.client());
+        wait_for(format!("orphans: {what}"), SOON, || async {
+            let node = api.get(self.agent.node()).await.unwrap();
+            let orphans = node.status.map(|status| status.orphans).unwrap_or_default();
+            if wanted(&orphans) { Ok(orphans) } else { Err(format!("{orphans:?}")) }
+        })
+        .await
+    }
+
+    /// `kubectl berth` with the administrator's rights: whether it did what it was told, and what it said.
+    fn kubectl_berth(&self, arguments: &[&str]) -> (bool, String) {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-berth"));
+        let done = command.args(arguments).env("KUBECONFIG", self.cluster.env("KUBECONFIG")).output().unwrap();
+        let said = if done.status.success() { done.stdout } else { done.stderr };
+        (done.status.success(), String::from_utf8(said).unwrap())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_bot_keeps_outlives_its_namespace_and_is_adopted_by_another() {
+    let stage = Stage::set("snap-adopt").await;
+    let doomed = Namespace::create(stage.cluster, "snap-doomed").await;
+    let retained = |name: &str| {
+        bot(name)
+            .id(&format!("{name}-kept"))
+            .on(stage.agent.node())
+            .with(|s| s.deletion_policy = DeletionPolicy::Retain)
+    };
+    doomed.apply(retained("web")).await;
+    doomed.apply(bot("other").on(stage.agent.node())).await;
+    doomed.ready("other", SOON).await;
+    let web = doomed.ready("web", SOON).await;
+    write_in(&web, "/data/precious", "of the dead");
+    doomed.end().await;
+
+    let orphans = stage.orphans("one", |orphans| orphans.len() == 1).await;
+    let left = &orphans[0];
+    assert_eq!((left.namespace.as_str(), left.bot_container_name.as_str()), (doomed.name(), "web"));
+    assert_eq!((left.bot_id.as_str(), left.bot_uid.as_str(), left.version), ("web-kept", uid(&web).as_str(), 1));
+    assert_eq!(left.expires_at.0.duration_since(left.left_at.0).as_hours(), 7 * 24);
+    let events: Api<Event> = Api::namespaced(stage.ns.client(), "default");
+    wait_for("an Event on the BotNode", SOON, || async {
+        let all = events.list(&ListParams::default()).await.unwrap().items;
+        let is_it = |event: &Event| {
+            event.reason.as_deref() == Some("NamespaceTerminating")
+                && event.note.as_ref().is_some_and(|note| note.contains(&left.name))
+        };
+        if all.iter().any(is_it) { Ok(()) } else { Err(format!("{} others", all.len())) }
+    })
+    .await;
+
+    // Nobody gets it by a name: not a bot of its botId, not a snapshot that says whose it is.
+    let stranger = stage.runs(retained("web")).await;
+    assert!(!path_in(&stranger, "/data/precious").exists());
+    stage.ns.delete("web", SOON).await;
+    for snapshot in stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items {
+        stage.ns.snapshots().delete(&snapshot.name_any(), &DeleteParams::default()).await.unwrap();
+        stage.ns.no_snapshot(&snapshot.name_any()).await;
+    }
+
+    let (ok, table) = stage.kubectl_berth(&["adopt"]);
+    assert!(ok && table.contains(&left.name) && table.contains(doomed.name()), "{table}");
+    let (ok, said) = stage.kubectl_berth(&["-n", stage.ns.name(), "adopt", "berth-v-none"]);
+    assert!(!ok && said.contains("no node has berth-v-none"), "{said}");
+    let (ok, said) = stage.kubectl_berth(&["-n", "no-such-namespace", "adopt", &left.name]);
+    assert!(!ok && said.contains("no namespace no-such-namespace"), "{said}");
+    let (ok, said) = stage.kubectl_berth(&["-n", stage.ns.name(), "adopt", &left.name, "--as", "found"]);
+    assert!(ok && said.contains("version 1 of botId web-kept"), "{said}");
+    let found = stage.ns.snapshot("found", SnapshotPhase::Ready).await;
+    let said = told(&found);
+    assert_eq!((said.version, said.source), (Some(1), Some(SnapshotSource::Preserved)));
+    assert_eq!(find(&said.conditions, ConditionType::Verified).map(|c| c.status.as_str()), Some("True"));
+    assert!(said.files > Some(1) && said.taken == Some(Taken::Stopped), "{said:?}");
+    stage.orphans("none", <[OrphanedLayer]>::is_empty).await;
+    let node: Api<BotNode> = Api::all(stage.ns.client());
+    wait_for("no entry that is done", SOON, || async {
+        let spec = node.get(stage.agent.node()).await.unwrap().spec;
+        if spec.adopt.is_empty() { Ok(()) } else { Err(format!("{:?}", spec.adopt)) }
+    })
+    .await;
+
+    // It goes on from there, and its versions count on.
+    let again = stage.runs(retained("web")).await;
+    assert_eq!(read_in(&again, "/data/precious").await, "of the dead");
+    assert_eq!(told(&stage.taken("next", "web").await).version, Some(2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_adopts_in_time_goes() {
+    let stage = Stage::set_with("snap-expire", &[("BERTH_ORPHAN_RETENTION", "1s")]).await;
+    let before = stage.warmed().await;
+    let doomed = Namespace::create(stage.cluster, "snap-expired").await;
+    doomed.apply(bot("web").on(stage.agent.node()).with(|s| s.deletion_policy = DeletionPolicy::Retain)).await;
+    doomed.ready("web", SOON).await;
+    doomed.end().await;
+    stage.agent.nothing_left_since(&before, SOON).await;
+    stage.orphans("none", <[OrphanedLayer]>::is_empty).await;
 }

@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use berth::api::bot_container::Phase;
-use k8s_openapi::api::core::v1::Namespace;
-use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams, PostParams};
 use serde_json::json;
 
 use crate::common::{SOON, wait_for};
@@ -78,11 +77,8 @@ async fn two_hundred_bots_of_one_name_one_after_another_leave_the_last() {
 #[tokio::test]
 async fn a_namespace_deleted_with_bots_in_it_ends_and_leaves_nothing() {
     let scene = Scene::new("doomed").await;
-    let name = format!("{}-inner", scene.ns.name());
-    let namespaces: Api<Namespace> = Api::all(scene.ns.client());
-    let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
-    namespaces.create(&PostParams::default(), &Namespace { metadata, ..Namespace::default() }).await.unwrap();
-    let bots: Api<berth::api::BotContainer> = Api::namespaced(scene.ns.client(), &name);
+    let inner = crate::common::Namespace::create(scene.cluster, "doomed-inner").await;
+    let bots = inner.bots();
     for bot in [
         counting("runs"),
         counting("frozen"),
@@ -114,14 +110,6 @@ async fn a_namespace_deleted_with_bots_in_it_ends_and_leaves_nothing() {
     says("deaf", Phase::Running).await;
     let late = counting("late").on(scene.agent.node()).build(scene.cluster);
     bots.create(&PostParams::default(), &late).await.unwrap();
-    namespaces.delete(&name, &DeleteParams::default()).await.unwrap();
-    wait_for("the namespace gone", SOON * 2, || async {
-        match namespaces.get_opt(&name).await {
-            Ok(None) => Ok(()),
-            Ok(Some(left)) => Err(format!("{:?}", left.status)),
-            Err(error) => Err(error.to_string()),
-        }
-    })
-    .await;
+    inner.end().await;
     scene.end().await;
 }

@@ -7,10 +7,11 @@ use berth::agent::failpoint::{Effect, Point, VARIABLE};
 use berth::api::bot_container::{DeletionPolicy, OperatingMode, Phase, RestartPolicy};
 use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, find};
-use berth::api::{BotContainer, BotSnapshot, BotSnapshotSpec};
+use berth::api::{BotContainer, BotNode, BotSnapshot, BotSnapshotSpec};
+use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 
-use crate::common::{BotBuilder, SOON, wait_for};
+use crate::common::{BotBuilder, Namespace, SOON, wait_for};
 use crate::scene::{Scene, counting, diarist, id};
 
 /// A point that is not reached by then is not on the way.
@@ -77,6 +78,8 @@ enum Way {
     Retained,
     /// A new bot of a botId that left a version.
     Restored,
+    /// What a bot left whose namespace was deleted is adopted.
+    Adopted,
 }
 
 fn way(effect: Effect) -> Way {
@@ -137,6 +140,7 @@ fn way(effect: Effect) -> Way {
         | Effect::SnapshotHold
         | Effect::SnapshotCommit
         | Effect::SnapshotStatus => Way::Snapshotted,
+        Effect::AdoptCopy | Effect::AdoptCommit | Effect::AdoptDrop => Way::Adopted,
         Effect::ExportLayer | Effect::ExportImage => Way::Exported,
         Effect::SnapshotRemoveCopy | Effect::SnapshotRemove => Way::SnapshotDeleted,
         Effect::RemoveLogs => Way::Orphaned,
@@ -155,7 +159,7 @@ fn base(way: Way, name: &str) -> BotBuilder {
             spec.env.push(serde_json::from_value(variable).unwrap());
         }),
         Way::Rolled | Way::RolledBare => rolled(counting(name), &version(name), way == Way::Rolled),
-        Way::Retained | Way::Restored => {
+        Way::Retained | Way::Restored | Way::Adopted => {
             counting(name).id(name).with(|spec| spec.deletion_policy = DeletionPolicy::Retain)
         }
         _ => counting(name),
@@ -195,6 +199,16 @@ impl Scene {
             Err(all.iter().map(|s| serde_json::to_string(&s.status).unwrap()).collect::<Vec<_>>().join(", "))
         })
         .await
+    }
+
+    /// Waits until the BotNode tells of so many layers without an object.
+    async fn orphans(&self, count: usize, why: impl std::fmt::Display) {
+        let nodes: Api<BotNode> = Api::all(self.ns.client());
+        wait_for(format!("{why}: {count} orphans"), SOON, || async {
+            let status = nodes.get(self.agent.node()).await.unwrap().status.unwrap_or_default();
+            if status.orphans.len() == count { Ok(()) } else { Err(format!("{:?}", status.orphans)) }
+        })
+        .await;
     }
 
     /// Deletes what a bot left.
@@ -274,6 +288,14 @@ impl Scene {
                 self.ns.delete(name, SOON).await;
                 self.versions(1, name).await;
                 None
+            }
+            Way::Adopted => {
+                let doomed = Namespace::create(self.cluster, "doomed").await;
+                doomed.apply(base(way, name).on(self.agent.node())).await;
+                let bot = doomed.ready(name, SOON).await;
+                doomed.end().await;
+                self.orphans(1, name).await;
+                Some(bot)
             }
             Way::Ended => {
                 // It ends when it is told, which is when no agent looks.
@@ -356,6 +378,15 @@ impl Scene {
                 std::fs::create_dir_all(self.runc(bot.unwrap())).unwrap();
                 bot.unwrap().clone()
             }
+            Way::Adopted => {
+                let orphan = format!("berth-v-{}", bot.unwrap().metadata.uid.as_ref().unwrap());
+                let entry =
+                    serde_json::json!({"orphan": orphan, "namespace": self.ns.name(), "snapshotName": version(name)});
+                let patch = Patch::Merge(serde_json::json!({"spec": {"adopt": [entry]}}));
+                let nodes: Api<BotNode> = Api::all(self.ns.client());
+                nodes.patch(self.agent.node(), &PatchParams::default(), &patch).await.unwrap();
+                bot.unwrap().clone()
+            }
             Way::Deleted | Way::Retained => {
                 self.ns.bots().delete(name, &DeleteParams::default()).await.unwrap();
                 bot.unwrap().clone()
@@ -424,6 +455,10 @@ impl Scene {
                 self.versions(1, point).await;
                 self.phase(name, Phase::Running).await;
                 starts(1);
+            }
+            Way::Adopted => {
+                self.versions(1, point).await;
+                self.orphans(0, point).await;
             }
             Way::Exported => {
                 let api = self.ns.api::<BotSnapshot>();
@@ -508,7 +543,7 @@ impl Scene {
         self.agent.killed(point, DIES).await;
         self.agent.start_again(&[OFF]).await;
         self.reached(way, &name, &bot, point).await;
-        if !matches!(way, Way::Deleted | Way::Orphaned | Way::Retained) {
+        if !matches!(way, Way::Deleted | Way::Orphaned | Way::Retained | Way::Adopted) {
             self.ns.delete(&name, SOON).await;
         }
         self.no_versions().await;
@@ -525,7 +560,7 @@ const DELETION: &[Way] = &[Way::Deleted, Way::Orphaned];
 const SNAPSHOT: &[Way] = &[Way::Snapshotted, Way::Exported, Way::SnapshotDeleted];
 const ROLLBACK: &[Way] = &[Way::Rolled, Way::RolledBare, Way::Withdrawn];
 const MOVE: &[Way] = &[Way::Moved, Way::MovedBack];
-const KEPT: &[Way] = &[Way::Retained, Way::Restored];
+const KEPT: &[Way] = &[Way::Retained, Way::Restored, Way::Adopted];
 
 async fn points(name: &str, ways: &[Way]) {
     let mut scene = Scene::new_with(name, &[("BERTH_ORPHAN_GRACE_SECONDS", "1")]).await;

@@ -36,6 +36,7 @@ use crate::api::{BotContainer, BotSnapshot};
 use crate::containerd::LeaseId;
 use crate::image::{ExportError, LayerBlob};
 use crate::layer::{Hold, Job, Said};
+use containerd_client::services::v1::snapshots::Info as SnapshotInfo;
 
 use super::desired::{Keep, Rollback, desired};
 use super::failpoint::{Effect, around};
@@ -282,7 +283,7 @@ impl Taker {
                         self.failures = 0;
                         self.error = None;
                         self.not_exported = None;
-                        let over = matches!(step, Step::Verify | Step::Export);
+                        let over = matches!(step, Step::Verify | Step::Export | Step::DropOrphan);
                         if !over || self.tell(&snapshot, Verdict::ready()).await {
                             continue;
                         }
@@ -313,7 +314,7 @@ impl Taker {
                         self.error = Some(text.clone());
                         match step {
                             Step::Clear => {}
-                            Step::Export => drop(self.tell(&snapshot, Verdict::ready()).await),
+                            Step::Export | Step::DropOrphan => drop(self.tell(&snapshot, Verdict::ready()).await),
                             _ => drop(self.tell(&snapshot, Verdict::new(step.phase(), reason, text)).await),
                         }
                         let wait = RETRY_FIRST.saturating_mul(1 << (self.failures - 1).min(8)).min(RETRY_MOST);
@@ -383,6 +384,12 @@ impl Taker {
         let (name, copy) = (labels::version(&self.uid), labels::copy(&self.uid));
         let (committed, copy) = tokio::join!(versions.stat(&snapshotter, &name), versions.stat(&snapshotter, &copy));
         let (committed, copy) = (committed?, copy?);
+        // Who may have it is told by the bot's uid, which the controller alone gives a snapshot.
+        let orphan = match wanted.in_place && observed.is_none() {
+            true => versions.stat(&snapshotter, &labels::version(wanted.bot.as_str())).await?,
+            false => None,
+        };
+        let orphan = orphan.filter(|info| info.labels.contains_key(labels::ORPHANED));
         // One that was released belongs to its forks now.
         let committed = committed.filter(|info| !info.labels.contains_key(labels::RELEASED));
         let whole =
@@ -400,6 +407,7 @@ impl Taker {
         };
         let found = Found {
             exported,
+            orphan: orphan.is_some(),
             committed: committed.is_some(),
             copy: copy.is_some(),
             manifest: versions.manifest(&self.uid).exists(),
@@ -448,10 +456,11 @@ impl Taker {
         let shared = self.shared.clone();
         let begins = match step {
             Step::Take => Some((Reason::Copying, "the bot's layer is being copied while it runs")),
+            Step::Adopt => Some((Reason::Copying, "what the bot left is being copied")),
             Step::Describe | Step::Verify => {
                 Some((Reason::Committing, "the version is committed, and is being read back"))
             }
-            Step::Export | Step::Clear | Step::Remove => None,
+            Step::Export | Step::DropOrphan | Step::Clear | Step::Remove => None,
         };
         if step == Step::Export && self.not_exported.is_none() {
             let message = "the version is being written as an OCI image into the node's content store";
@@ -470,6 +479,8 @@ impl Taker {
                 Step::Describe => self.describe(wanted, &quit).await,
                 Step::Verify => self.verify(wanted, &quit).await,
                 Step::Export => self.export(wanted, &quit).await,
+                Step::Adopt => self.adopt(wanted, &quit).await,
+                Step::DropOrphan => self.drop_orphan(wanted).await,
                 Step::Clear => self.clear(observed.as_ref()).await,
                 Step::Remove => self.remove(observed.as_ref()).await,
             };
@@ -648,25 +659,8 @@ impl Taker {
         let manifest = versions.manifest(&self.uid);
         let job = Job::Describe { source: dirs.own, manifest, before: self.before(wanted), lower: dirs.lower };
         let summary = unless(quit, versions.run(&job)).await??;
-        let label = |key: &str| info.labels.get(key).cloned().unwrap_or_default();
-        // What was noted when it was committed; where that is lost, what containerd knows.
-        let made = || info.created_at.as_ref().and_then(super::observe::timestamp).unwrap_or_else(Timestamp::now);
-        let noted = versions.taken(&self.uid).unwrap_or_else(|| Taken {
-            version: wanted.version.clone(),
-            taken_at: made(),
-            frozen_millis: 0,
-            taken: TakenState::Stopped,
-            parent: info.parent.clone(),
-            snapshotter,
-            image: label(labels::IMAGE),
-            digest: label(labels::IMAGE_DIGEST),
-            size_bytes: None,
-            files: None,
-            changes: None,
-            exported: None,
-        });
-        let (size_bytes, files) = (Some(summary.size_bytes), Some(summary.files));
-        versions.note(&self.uid, &Taken { size_bytes, files, changes: summary.changes, ..noted })?;
+        let noted = versions.taken(&self.uid).unwrap_or_else(|| self.found(wanted, &info, &snapshotter));
+        versions.note(&self.uid, &noted.described(summary))?;
         Ok(())
     }
 
@@ -705,6 +699,65 @@ impl Taker {
         tracing::info!(snapshot = %self.name, namespace = %self.namespace, digest, bytes = written.size, "exported");
         let exported = Some(Exported { digest, bytes: written.size });
         Ok(versions.note(&self.uid, &Taken { exported, ..taken })?)
+    }
+
+    /// Makes the version of what a bot left without an object.
+    async fn adopt(&self, wanted: &Wanted, quit: &CancellationToken) -> Result<(), StepFailed> {
+        let versions = &self.shared.actor.versions;
+        let (left, snapshotter) = (wanted.bot.as_str(), self.snapshotter(None));
+        let orphan = labels::version(left);
+        let missing = || VersionError::Missing { name: orphan.clone() };
+        let info = versions.stat(&snapshotter, &orphan).await?.ok_or_else(missing)?;
+        let _turn = unless(quit, self.shared.snapshots.copies.acquire()).await?;
+        // What it is, before it is copied: the copy is compared with that.
+        if !versions.manifest(left).exists() {
+            versions.make_folder(left)?;
+            let dirs = versions.committed_dirs(&snapshotter, &orphan).await?;
+            let manifest = versions.manifest(left);
+            let job = Job::Describe { source: dirs.own, manifest, before: None, lower: dirs.lower };
+            let summary = unless(quit, versions.run(&job)).await??;
+            let noted = versions.taken(left).unwrap_or_else(|| self.found(wanted, &info, &snapshotter));
+            versions.note(left, &noted.described(summary))?;
+        }
+        let taken = versions.taken(left).ok_or_else(missing)?;
+        let copy_key = labels::copy(&self.uid);
+        let labels = wanted.version.labels(&taken.image, &taken.digest);
+        let copy = versions.copy_out(&snapshotter, left, &copy_key, labels.clone());
+        unless(quit, around(Effect::AdoptCopy, copy)).await??;
+        versions.inherit(left, &self.uid, &Taken { version: wanted.version.clone(), ..taken.clone() })?;
+        let name = wanted.version.runtime_name();
+        versions.hold(&name, &taken.digest).await?;
+        let commit = versions.commit(&snapshotter, &copy_key, &name, labels);
+        Ok(around(Effect::AdoptCommit, commit).await?)
+    }
+
+    async fn drop_orphan(&self, wanted: &Wanted) -> Result<(), StepFailed> {
+        let versions = &self.shared.actor.versions;
+        let (left, snapshotter) = (wanted.bot.as_str(), self.snapshotter(None));
+        around(Effect::AdoptDrop, versions.release(&snapshotter, &labels::version(left))).await?;
+        versions.forget(left)?;
+        // So that the BotNode does not tell of it any more.
+        self.shared.nudge(Nudge::Sweep).await;
+        Ok(())
+    }
+
+    /// What containerd knows of a version that was committed in place, where what was noted of it is lost.
+    fn found(&self, wanted: &Wanted, info: &SnapshotInfo, snapshotter: &str) -> Taken {
+        let label = |key: &str| info.labels.get(key).cloned().unwrap_or_default();
+        Taken {
+            version: wanted.version.clone(),
+            taken_at: info.created_at.as_ref().and_then(super::observe::timestamp).unwrap_or_else(Timestamp::now),
+            frozen_millis: 0,
+            taken: TakenState::Stopped,
+            parent: info.parent.clone(),
+            snapshotter: snapshotter.to_owned(),
+            image: label(labels::IMAGE),
+            digest: label(labels::IMAGE_DIGEST),
+            size_bytes: None,
+            files: None,
+            changes: None,
+            exported: None,
+        }
     }
 
     async fn clear(&self, observed: Option<&Observed>) -> Result<(), StepFailed> {

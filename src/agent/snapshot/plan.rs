@@ -6,6 +6,7 @@
 //! Ready, to travel   Export, unless it was
 //! made in place      (what a rollback replaced, the last of a deleted bot) its bot's loop commits it: wait
 //!                    Describe -> Verify                                                -> Ready
+//! adopted            what a bot of a deleted namespace left: Adopt -> Verify           -> Ready, DropOrphan
 //! copied             wait for the bot's layer; past the deadline                       -> Fail
 //!                    Take (copy, freeze, copy the rest, thaw, commit) -> Verify        -> Ready
 //! ```
@@ -56,6 +57,7 @@ impl Wanted {
                 namespace: meta.namespace.clone()?,
                 bot_id: status.bot_id.clone()?,
                 number: status.version?,
+                orphan: false,
             },
             bot: BotUid::parse(status.bot_uid.as_deref()?).ok()?,
             in_place: is_in_place(source),
@@ -87,6 +89,8 @@ pub struct Found {
     pub folder: bool,
     /// The OCI image that was made of it, whole.
     pub exported: bool,
+    /// A layer that its bot left without an object, in a namespace that was deleted.
+    pub orphan: bool,
     /// Its bot.
     pub bot: Bot,
 }
@@ -117,6 +121,11 @@ pub enum Step {
     Verify,
     /// Make an OCI image of the version. Cut off: what is written of it is held by the version's lease, and gone on with.
     Export,
+    /// Copy what a bot left without an object, and commit the copy. Cut off: a copy that is not committed, which the next begins with
+    /// removing; what was left is as it was.
+    Adopt,
+    /// Free what was adopted: it is this version now. Cut off: done again.
+    DropOrphan,
     /// Remove a copy that nothing will be made of.
     Clear,
     /// Free the version's bytes, or leave them to the forks that stand on it. Cut off: the rest is found by name.
@@ -131,6 +140,8 @@ impl Step {
             Self::Describe => "snapshot_describe",
             Self::Verify => "snapshot_verify",
             Self::Export => "snapshot_export",
+            Self::Adopt => "snapshot_adopt",
+            Self::DropOrphan => "snapshot_drop_orphan",
             Self::Clear => "snapshot_clear",
             Self::Remove => "snapshot_remove",
         }
@@ -139,9 +150,9 @@ impl Step {
     /// The phase of a snapshot whose step this is.
     pub fn phase(self) -> SnapshotPhase {
         match self {
-            Self::Take => SnapshotPhase::Copying,
+            Self::Take | Self::Adopt => SnapshotPhase::Copying,
             Self::Describe | Self::Verify => SnapshotPhase::Committing,
-            Self::Export => SnapshotPhase::Ready,
+            Self::Export | Self::DropOrphan => SnapshotPhase::Ready,
             Self::Clear | Self::Remove => SnapshotPhase::Deleting,
         }
     }
@@ -187,8 +198,9 @@ pub fn plan(wanted: &Wanted, found: &Found, error: Option<&str>, now: Timestamp)
         }
         // What it waited for may be asked for again, and what it was to be may have come to be all the same: a layer that was
         // committed in place is nowhere else.
-        SnapshotPhase::Failed if wanted.in_place && (found.committed || found.bot == Bot::LetsGo) => {}
+        SnapshotPhase::Failed if wanted.in_place && (found.committed || found.orphan || found.bot == Bot::LetsGo) => {}
         SnapshotPhase::Failed if found.copy => return Next::Do(Step::Clear),
+        SnapshotPhase::Ready if found.orphan => return Next::Do(Step::DropOrphan),
         SnapshotPhase::Ready if wanted.export && !found.exported => return Next::Do(Step::Export),
         SnapshotPhase::Ready | SnapshotPhase::Failed => return Next::Settled,
         _ => {}
@@ -199,6 +211,7 @@ pub fn plan(wanted: &Wanted, found: &Found, error: Option<&str>, now: Timestamp)
     if wanted.in_place {
         let lost = |message: &str| Next::Fail { reason: Reason::SnapshotFailed, message: message.to_owned() };
         return match found.bot {
+            Bot::Gone if found.orphan => Next::Do(Step::Adopt),
             Bot::Gone => lost("the bot is gone from the node, and left no layer to be kept"),
             Bot::NoLayer | Bot::Layer => lost(
                 "what it was to be made for is not asked for any more, or the layer was removed by somebody's hand",
@@ -240,6 +253,7 @@ mod tests {
                 namespace: "team-a".into(),
                 bot_id: "web".into(),
                 number: 3,
+                orphan: false,
             },
             bot: BotUid::parse("2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11").unwrap(),
             in_place: false,
@@ -253,13 +267,14 @@ mod tests {
     }
 
     fn all() -> impl Iterator<Item = Found> {
-        (0..32).flat_map(|bits| {
+        (0..64).flat_map(|bits| {
             [Bot::Gone, Bot::NoLayer, Bot::Layer, Bot::LetsGo].map(|bot| Found {
                 committed: bits & 1 != 0,
                 copy: bits & 2 != 0,
                 manifest: bits & 4 != 0,
                 folder: bits & 8 != 0,
                 exported: bits & 16 != 0,
+                orphan: bits & 32 != 0,
                 bot,
             })
         })
@@ -340,12 +355,30 @@ mod tests {
         for phase in [SnapshotPhase::Pending, SnapshotPhase::Committing, SnapshotPhase::Failed, SnapshotPhase::Ready] {
             for found in all() {
                 let wanted = Wanted { export: true, phase, ..wanted() };
-                let due = phase == SnapshotPhase::Ready && found.committed && !found.exported;
+                let due = phase == SnapshotPhase::Ready && found.committed && !found.orphan && !found.exported;
                 assert_eq!(plan(&wanted, &found, None, at(0)) == Next::Do(Step::Export), due, "{phase:?} {found:?}");
                 let gone = Wanted { deleted: true, ..wanted };
                 assert_ne!(plan(&gone, &found, None, at(0)), Next::Do(Step::Export), "deletion wins");
             }
         }
+    }
+
+    #[test]
+    fn what_was_left_without_an_object_is_copied_and_goes_once_the_copy_was_read_back() {
+        let left = Found { orphan: true, ..Found::default() };
+        let wanted = Wanted { in_place: true, ..wanted() };
+        let next = |found: &Found, phase| plan(&Wanted { phase, ..wanted.clone() }, found, None, at(999));
+        assert_eq!(next(&left, SnapshotPhase::Pending), Next::Do(Step::Adopt));
+        assert_eq!(
+            next(&Found { copy: true, ..left }, SnapshotPhase::Copying),
+            Next::Do(Step::Adopt),
+            "cut off: again"
+        );
+        assert_eq!(next(&left, SnapshotPhase::Failed), Next::Do(Step::Adopt), "what is there is not given up");
+        let made = Found { committed: true, manifest: true, folder: true, ..left };
+        assert_eq!(next(&made, SnapshotPhase::Committing), Next::Do(Step::Verify));
+        assert_eq!(next(&made, SnapshotPhase::Ready), Next::Do(Step::DropOrphan));
+        assert_eq!(next(&Found { orphan: false, ..made }, SnapshotPhase::Ready), Next::Settled);
     }
 
     #[test]
@@ -356,7 +389,8 @@ mod tests {
             assert_eq!(failed, if found.copy { Next::Do(Step::Clear) } else { Next::Settled });
             let ready = plan(&Wanted { phase: SnapshotPhase::Ready, ..wanted() }, &found, None, at(999));
             match ready {
-                Next::Settled => assert!(found.committed),
+                Next::Do(Step::DropOrphan) => assert!(found.committed && found.orphan),
+                Next::Settled => assert!(found.committed && !found.orphan),
                 Next::Fail { reason: Reason::SnapshotLost, .. } => assert!(!found.committed),
                 other => panic!("{other:?}"),
             }

@@ -148,6 +148,7 @@ mod tests {
                 namespace: "team-a".into(),
                 bot_id: "web".into(),
                 number: 3,
+                orphan: false,
             },
             taken_at: at(50),
             frozen_millis: 41,

@@ -1,5 +1,6 @@
-//! `kubectl berth`: Berth's objects for people. Reads only, with the rights of whoever calls it.
+//! `kubectl berth`: Berth's objects for people, with the rights of whoever calls it. Nothing but `adopt` writes.
 
+mod adopt;
 mod versions;
 
 use std::io::Write as _;
@@ -47,6 +48,18 @@ enum Question {
         /// Name of the BotContainer; all of them without it.
         name: Option<String>,
     },
+    /// Make a version of what a bot left whose namespace was deleted, or list what there is.
+    ///
+    /// A bot under `deletionPolicy: Retain` leaves its layer on its node when its namespace is deleted, for the agent's
+    /// --orphan-retention. A BotContainer of its botId in the namespace that adopts it goes on from it. Takes the right to change
+    /// BotNodes, which reaches what was left by all namespaces.
+    Adopt {
+        /// Name of what was left; all of that is listed without it.
+        orphan: Option<String>,
+        /// Name of the BotSnapshot that is made; without it that of the bot, and `-adopted`.
+        #[arg(long = "as", value_name = "NAME")]
+        snapshot: Option<String>,
+    },
     /// What each reason of a condition means. Asks no cluster.
     Reasons,
 }
@@ -79,7 +92,7 @@ fn ask(command: &Command, question: &Question) -> anyhow::Result<String> {
         let namespace = command.namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let client = Client::try_from(config).context("no way to the API server")?;
         let bots: Api<BotContainer> = Api::namespaced(client.clone(), &namespace);
-        let snapshots: Api<BotSnapshot> = Api::namespaced(client, &namespace);
+        let snapshots: Api<BotSnapshot> = Api::namespaced(client.clone(), &namespace);
         let all = async || {
             let list = snapshots.list(&ListParams::default()).await;
             list.map(|list| list.items).with_context(|| format!("can't list the BotSnapshots of {namespace}"))
@@ -93,6 +106,10 @@ fn ask(command: &Command, question: &Question) -> anyhow::Result<String> {
                 let mut all = all().await?;
                 all.retain(|snapshot| name.as_ref().is_none_or(|name| snapshot.spec.bot_container_name == *name));
                 Ok(versions::table(&all, &bots))
+            }
+            Question::Adopt { orphan: None, .. } => adopt::list(&client).await,
+            Question::Adopt { orphan: Some(orphan), snapshot } => {
+                adopt::adopt(&client, &namespace, orphan, snapshot.as_deref()).await
             }
             Question::Reasons => Ok(reasons()),
         }

@@ -181,7 +181,7 @@ pub fn table(snapshots: &[BotSnapshot], bots: &[BotContainer]) -> String {
 }
 
 /// Columns as wide as their widest cell.
-fn aligned(rows: &[Vec<String>]) -> String {
+pub fn aligned(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width =
         |column: usize| rows.iter().filter_map(|row| row.get(column)).map(|c| c.chars().count()).max().unwrap_or(0);

@@ -37,7 +37,7 @@ fn mine() -> Option<Hold> {
 #[test]
 fn a_snapshot_is_given_its_version_once_its_bot_is_placed() {
     let (new, bot) = (snapshot(|_| {}), web(|_| {}));
-    let view = |bot, hold| View { snapshot: &new, bot, hold, node: None };
+    let view = |bot, hold| View { snapshot: &new, bot, hold, node: None, adopts: None };
     let given = Plan::Give { node: "node-1".to_owned(), source: SnapshotSource::Manual };
     assert_eq!(decide(&view(Some(&bot), mine()), at(1)), given);
 
@@ -64,7 +64,7 @@ fn a_snapshot_that_has_its_version_or_failed_is_left_to_its_agent() {
     let bot = web(|_| {});
     for status in [json!({"version": 3, "nodeName": "node-1"}), json!({"phase": "Failed"})] {
         let told = snapshot(|body| body["status"] = status);
-        let view = View { snapshot: &told, bot: Some(&bot), hold: mine(), node: None };
+        let view = View { snapshot: &told, bot: Some(&bot), hold: mine(), node: None, adopts: None };
         assert_eq!(decide(&view, at(100)), Plan::Rest);
     }
 }
@@ -78,7 +78,8 @@ fn a_deleted_snapshot_is_let_go_when_nothing_of_it_is_left() {
             change(body);
         })
     };
-    let plan = |snapshot: &BotSnapshot, node| decide(&View { snapshot, bot: None, hold: None, node }, at(9));
+    let plan =
+        |snapshot: &BotSnapshot, node| decide(&View { snapshot, bot: None, hold: None, node, adopts: None }, at(9));
     let bound = held(|body| body["status"] = json!({"version": 1, "nodeName": "node-1"}));
     assert_eq!(plan(&held(|_| {}), None), Plan::LetGo { lost: None }, "it never had a node");
     assert_eq!(plan(&bound, Some(NodeState::Alive)), Plan::Rest);

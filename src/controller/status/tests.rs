@@ -42,7 +42,14 @@ fn pending(message: &str) -> Wanted {
 }
 
 fn bound(claim: Claim) -> Wanted {
-    Wanted::Bound { node: "node-1".to_owned(), bot_id: "u".to_owned(), claim, restored_from: None, last_version: 0 }
+    Wanted::Bound {
+        node: "node-1".to_owned(),
+        bot_id: "u".to_owned(),
+        claim,
+        restored_from: None,
+        last_version: 0,
+        orphaned: false,
+    }
 }
 
 fn unknown() -> Claim {

@@ -88,7 +88,7 @@ impl Default for Ask {
 
 /// A version of the bot.
 pub fn version(uid: String, number: i64) -> Version {
-    Version { name: uid.clone(), uid, namespace: "team-a".into(), bot_id: "web".into(), number }
+    Version { name: uid.clone(), uid, namespace: "team-a".into(), bot_id: "web".into(), number, orphan: false }
 }
 
 impl Ask {
