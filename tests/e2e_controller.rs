@@ -10,6 +10,7 @@ mod proxy;
 
 use std::time::{Duration, Instant};
 
+use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::{AGENT, BotSnapshot, BotSnapshotSpec, FINALIZER};
 use fixture::{Cluster, bot, count_by_node, eventually, show};
 use kube::ResourceExt;
@@ -665,4 +666,65 @@ async fn versions_have_no_gap_and_no_twin_though_controllers_die_and_answers_are
     }
     let uid = cluster.bots().get("web").await.unwrap().uid().unwrap();
     assert_eq!(cluster.records().get(&uid).await.unwrap().spec.last_version, 27);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_a_version_on_a_lost_node_nobody_knows_and_what_is_on_its_way_ends_at_its_deadline() {
+    let cluster = Cluster::turn().await;
+    let _controller = cluster.controller().await;
+    let mut agent = cluster.agent("node-1", json!({"cpu": "4", "memory": "4Gi", "bots": "100"})).await;
+    cluster.bot("web", json!({})).await;
+    cluster.bound("web").await;
+    let snapshots: kube::Api<BotSnapshot> = kube::Api::namespaced(cluster.client.clone(), &cluster.namespace);
+    let ask = async |name: &str, seconds: i64| {
+        let spec = BotSnapshotSpec { failure_deadline_seconds: seconds, ..BotSnapshotSpec::of("web") };
+        snapshots.create(&PostParams::default(), &BotSnapshot::new(name, spec)).await.unwrap();
+    };
+    let ready = async |name: &str, status: &str, reason: &str| {
+        eventually(&format!("{name}: Ready={status} {reason}"), Duration::from_secs(30), || async {
+            let snapshot = snapshots.get(name).await.map_err(|e| e.to_string())?;
+            let said = snapshot.status.unwrap_or_default();
+            let found = said.conditions.iter().find(|c| c.type_ == "Ready");
+            let is_it = found.is_some_and(|c| c.status == status && c.reason == reason);
+            if is_it { Ok(said) } else { Err(format!("{said:?}")) }
+        })
+        .await
+    };
+    let agent_says = async |name: &str, phase: &str, status: &str, reason: &str| {
+        let condition = json!({"type": "Ready", "status": status, "reason": reason, "message": "", "lastTransitionTime":
+            "2026-11-24T00:00:00Z"});
+        let body = json!({
+            "apiVersion": "berth.dev/v1alpha1", "kind": "BotSnapshot",
+            "metadata": {"name": name, "namespace": cluster.namespace},
+            "status": {"phase": phase, "observedGeneration": 1, "sizeBytes": 7, "conditions": [condition]},
+        });
+        let params = PatchParams::apply(AGENT).force();
+        snapshots.patch_status(name, &params, &Patch::Apply(&body)).await.unwrap();
+    };
+    for (name, seconds) in [("done", 300), ("under-way", 8)] {
+        ask(name, seconds).await;
+        ready(name, "False", "WaitingForBot").await;
+    }
+    agent_says("done", "Ready", "True", "SnapshotReady").await;
+    agent_says("under-way", "Copying", "False", "Copying").await;
+    agent.die();
+
+    let said = ready("done", "Unknown", "NodeUnreachable").await;
+    // The rest of what was said stands, and so does what was given.
+    assert_eq!((said.version, said.size_bytes, said.phase), (Some(1), Some(7), Some(SnapshotPhase::Ready)));
+    assert_eq!((said.bot_id.is_some(), said.node_name.as_deref()), (true, Some("node-1")));
+    let said = ready("under-way", "False", "DeadlineExceeded").await;
+    assert_eq!((said.version, said.phase), (Some(2), Some(SnapshotPhase::Failed)));
+    // One that is asked for now gets no number: nobody is there to take it.
+    ask("late", 1).await;
+    let said = ready("late", "False", "DeadlineExceeded").await;
+    assert_eq!((said.version, said.phase), (None, Some(SnapshotPhase::Failed)));
+
+    // The agent takes it back, and nobody argues.
+    let agent = agent.alive().await;
+    agent_says("done", "Ready", "True", "SnapshotReady").await;
+    ask("next", 300).await;
+    assert_eq!(ready("next", "False", "WaitingForBot").await.version, Some(3));
+    ready("done", "True", "SnapshotReady").await;
+    drop(agent);
 }

@@ -4,6 +4,7 @@
 //! no such bot, bot not placed      wait, with the reason; failed when its deadline is over
 //! bot placed                       finalizer -> number, noted in the BotRecord -> number and node in its own status
 //! given                            its node's agent takes it: nothing to do
+//! given, and its node is lost      Ready is Unknown; failed when its deadline is over and it was not Ready
 //! being deleted                    let go when its agent says Removed, or when it never had a node, or that is gone
 //! ```
 //!
@@ -119,7 +120,7 @@ pub struct View<'a> {
     pub bot: Option<&'a BotContainer>,
     /// How that bot stands to the record of its botId.
     pub hold: Option<Hold>,
-    /// How it is with the node that the snapshot is on, if it is on one.
+    /// How it is with the node that the snapshot is on, if it is on one; else with that of the bot.
     pub node: Option<NodeState>,
     /// What a bot left without an object, where this is to be made of that.
     pub adopts: Option<&'a Adopted>,
@@ -161,6 +162,15 @@ pub enum Plan {
         /// Why.
         message: String,
     },
+    /// Say in the agent's place that nobody knows how it is with it.
+    Unknown {
+        /// NodeUnreachable or NodeGone.
+        reason: Reason,
+        /// Names the node and since when.
+        message: String,
+        /// When it fails.
+        until: Option<Timestamp>,
+    },
     /// Give it its finalizer, its number and its node. Cut off: the record names it, so it gets the same number.
     Give {
         /// Where it is made.
@@ -187,13 +197,15 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
             return Plan::Rest;
         }
         return match node {
-            None => Plan::LetGo { lost: None },
+            _ if status.node_name.is_none() => Plan::LetGo { lost: None },
             _ if removed(status) => Plan::LetGo { lost: None },
             Some(NodeState::Gone(why)) => Plan::LetGo { lost: Some(why.clone()) },
-            Some(_) => Plan::Rest,
+            Some(NodeState::Alive | NodeState::Lost(_)) | None => Plan::Rest,
         };
     }
-    if status.version.is_some() || status.phase == Some(SnapshotPhase::Failed) {
+    if status.phase == Some(SnapshotPhase::Failed)
+        || status.version.is_some() && matches!(node, None | Some(NodeState::Alive))
+    {
         return Plan::Rest;
     }
     if adopts.is_some() {
@@ -205,8 +217,8 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
     let until = until.unwrap_or(Timestamp::MAX);
     let name = &snapshot.spec.bot_container_name;
     // What the controller made for an agent that waits for it has no deadline: the bot's last version must not be given up.
-    let awaited =
-        bot.is_some_and(|bot| matches!(source(snapshot, bot), SnapshotSource::Preserved | SnapshotSource::Rollback));
+    let source_ = status.source.or_else(|| bot.map(|bot| source(snapshot, bot)));
+    let awaited = matches!(source_, Some(SnapshotSource::Preserved | SnapshotSource::Rollback));
     let until = if awaited { Timestamp::MAX } else { until };
     let wait = |reason, message: String| {
         if now < until {
@@ -217,6 +229,22 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
             Plan::Fail { reason, message: format!("{message}, and failureDeadlineSeconds ({limit}) are over") }
         }
     };
+    let away = match node {
+        Some(NodeState::Lost(why)) => Some((Reason::NodeUnreachable, why)),
+        Some(NodeState::Gone(why)) => Some((Reason::NodeGone, why)),
+        Some(NodeState::Alive) | None => None,
+    };
+    if status.version.is_some() {
+        // Ready: nobody knows whether it still is, and no deadline ends that.
+        let ready = status.phase == Some(SnapshotPhase::Ready);
+        return match away {
+            Some((reason, why)) if ready || now < until => {
+                Plan::Unknown { reason, message: why.clone(), until: (!ready).then_some(until) }
+            }
+            Some((_, why)) => wait(Reason::NodeUnreachable, why.clone()),
+            None => Plan::Rest,
+        };
+    }
     let Some(bot) = bot else {
         return wait(Reason::BotNotFound, format!("there is no BotContainer {name} in this namespace"));
     };
@@ -226,6 +254,9 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
             reason: Reason::BotTerminating,
             message: format!("BotContainer {name} is being deleted; its deletionPolicy says what is kept of it"),
         };
+    }
+    if let Some((reason, why)) = away {
+        return wait(reason, why.clone());
     }
     match (bound_to(bot), hold) {
         (Some(node), Some(Hold::Mine(_))) => Plan::Give { node: node.to_owned(), source },
@@ -342,6 +373,17 @@ pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
             say(context, &snapshot, SnapshotPhase::Pending, reason, &message).await?;
             let wait = until.duration_since(now).try_into().unwrap_or_default();
             Ok(Next::At(std::time::Instant::now() + wait))
+        }
+        Plan::Unknown { reason, message, until } => {
+            let again = match until {
+                Some(until) => {
+                    let wait = until.duration_since(now).try_into().unwrap_or_default();
+                    Next::At(std::time::Instant::now() + wait)
+                }
+                None => Next::Resync,
+            };
+            unknown(context, name, &snapshot, reason, &message).await?;
+            Ok(again)
         }
         Plan::Fail { reason, message } => {
             if say(context, &snapshot, SnapshotPhase::Failed, reason, &message).await? {
@@ -621,15 +663,54 @@ async fn say(
     Ok(true)
 }
 
+/// Says in the agent's place that nobody knows how it is, once in an outage: an agent that is there after all says so again.
+async fn unknown(
+    context: &Context,
+    name: &Name,
+    snapshot: &BotSnapshot,
+    reason: Reason,
+    message: &str,
+) -> Result<(), Error> {
+    let status = snapshot.status.clone().unwrap_or_default();
+    let said = find(&status.conditions, ConditionType::Ready);
+    if said.is_some_and(|c| c.status == "Unknown" && c.reason == reason.as_str() && c.message == message)
+        || context.world().has_claimed_snapshot(name, message)
+    {
+        return Ok(());
+    }
+    // Phase and generation are the agent's, and are as it left them.
+    let (phase, generation) = (status.phase.unwrap_or_default(), status.observed_generation);
+    let unknown = said_of(snapshot, phase, None, reason, message);
+    write(context, snapshot, &BotSnapshotStatus { observed_generation: generation, ..unknown }, "status").await?;
+    context.world().claimed_snapshot(name, message.to_owned());
+    Ok(())
+}
+
 fn told(snapshot: &BotSnapshot, phase: SnapshotPhase, reason: Reason, message: &str) -> BotSnapshotStatus {
-    let old = snapshot.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
-    let mut ready = condition(ConditionType::Ready, Some(false), reason, message, Time(Timestamp::now()));
-    if let Some(before) = find(old, ConditionType::Ready).filter(|c| c.status == ready.status) {
+    said_of(snapshot, phase, Some(false), reason, message)
+}
+
+/// What the controller says of a snapshot: what it gave it once, which it repeats with each write, and how it is with it.
+fn said_of(
+    snapshot: &BotSnapshot,
+    phase: SnapshotPhase,
+    is_ready: Option<bool>,
+    reason: Reason,
+    message: &str,
+) -> BotSnapshotStatus {
+    let old = snapshot.status.clone().unwrap_or_default();
+    let mut ready = condition(ConditionType::Ready, is_ready, reason, message, Time(Timestamp::now()));
+    if let Some(before) = find(&old.conditions, ConditionType::Ready).filter(|c| c.status == ready.status) {
         ready.last_transition_time = before.last_transition_time.clone();
     }
     BotSnapshotStatus {
         observed_generation: snapshot.metadata.generation,
         phase: Some(phase),
+        bot_id: old.bot_id,
+        bot_uid: old.bot_uid,
+        version: old.version,
+        source: old.source,
+        node_name: old.node_name,
         conditions: vec![ready],
         ..BotSnapshotStatus::default()
     }

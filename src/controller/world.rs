@@ -65,6 +65,8 @@ pub struct World {
     rephrased: HashMap<Name, Instant>,
     /// Which outage a bot was last claimed for, in words, and when.
     claims: HashMap<Name, (String, Instant)>,
+    /// The same of snapshots: once in an outage.
+    snapshot_claims: HashMap<Name, String>,
 }
 
 /// A bot as its reconcile needs it.
@@ -265,7 +267,7 @@ impl World {
         let id = bot.as_deref().map(|bot| Name { namespace: name.namespace.clone(), name: bot_id(bot) });
         let record = id.and_then(|id| self.records.get(&id).cloned());
         let node = snapshot.status.as_ref().and_then(|s| s.node_name.as_deref());
-        let node = node.map(|node| self.state(node, now));
+        let node = node.or_else(|| bot.as_deref().and_then(bound_to)).map(|node| self.state(node, now));
         Some(SeenSnapshot { snapshot, bot, record, hold, node })
     }
 
@@ -349,6 +351,16 @@ impl World {
     /// A claim was written.
     pub fn claimed(&mut self, name: &Name, words: String, now: Instant) {
         self.claims.insert(name.clone(), (words, now));
+    }
+
+    /// Whether a snapshot was claimed in these words, which name the outage.
+    pub fn has_claimed_snapshot(&self, name: &Name, words: &str) -> bool {
+        self.snapshot_claims.get(name).is_some_and(|said| said == words)
+    }
+
+    /// A claim of a snapshot was written.
+    pub fn claimed_snapshot(&mut self, name: &Name, words: String) {
+        self.snapshot_claims.insert(name.clone(), words);
     }
 
     // --- records and snapshots
@@ -450,6 +462,7 @@ impl World {
             return Vec::new();
         }
         let Some(snapshot) = self.forget_snapshot(name) else { return Vec::new() };
+        self.snapshot_claims.remove(name);
         self.concerned(name, &snapshot)
     }
 
@@ -683,7 +696,13 @@ impl World {
             if state != NodeState::Alive {
                 tracing::warn!(node = name, ?state, "node lost");
             }
-            keys.extend(self.by_node.get(name).into_iter().flatten().cloned().map(Key::Bot));
+            for bot in self.by_node.get(name).into_iter().flatten() {
+                keys.push(Key::Bot(bot.clone()));
+                keys.extend(self.asked_of(bot));
+            }
+            let on_it = |s: &BotSnapshot| s.status.as_ref().is_some_and(|s| s.node_name.as_deref() == Some(name));
+            let on_it = self.snapshots.iter().filter(|(_, snapshot)| on_it(snapshot));
+            keys.extend(on_it.map(|(snapshot, _)| Key::Snapshot(snapshot.clone())));
             self.told.insert(name.to_owned(), state);
         }
         (keys, again)

@@ -342,8 +342,12 @@ impl Taker {
                     }
                     told
                 }
-                // What changes nothing for the version is seen all the same: kstatus waits for that.
+                // An edit that changes nothing for the version is seen all the same, which kstatus waits for, and what the controller
+                // said while this node was away is taken back.
                 Next::Settled => match snapshot.status.as_ref() {
+                    Some(_) if wanted.phase == SnapshotPhase::Ready && self.knows() => {
+                        self.tell(&snapshot, Verdict::ready()).await
+                    }
                     Some(said) if said.observed_generation != snapshot.metadata.generation => {
                         self.tell(&snapshot, Verdict::of(said)).await
                     }
@@ -371,6 +375,11 @@ impl Taker {
             Some(written) if version(written) > version(&seen).or(Some(0_u64)) => Some(written.clone()),
             _ => Some(seen),
         }
+    }
+
+    /// Whether the facts of its taking are there: where they are lost, what was said of them stands.
+    fn knows(&self) -> bool {
+        self.shared.actor.versions.taken(&self.uid).is_some()
     }
 
     async fn look(&self, wanted: &Wanted) -> Result<(Found, Option<Observed>), StepFailed> {

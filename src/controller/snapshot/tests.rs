@@ -70,6 +70,37 @@ fn a_snapshot_that_has_its_version_or_failed_is_left_to_its_agent() {
 }
 
 #[test]
+fn of_a_snapshot_on_a_node_that_is_away_nothing_is_claimed_and_its_deadline_ends_it() {
+    let bot = web(|_| {});
+    let lost = || Some(NodeState::Lost("the agent of node-1 can't be reached".to_owned()));
+    let plan = |snapshot: &BotSnapshot, node, now| {
+        decide(&View { snapshot, bot: Some(&bot), hold: mine(), node, adopts: None }, at(now))
+    };
+    // Not given yet: nobody is there to take it.
+    let new = snapshot(|_| {});
+    assert!(matches!(plan(&new, lost(), 59), Plan::Wait { reason: Reason::NodeUnreachable, .. }));
+    assert!(matches!(plan(&new, lost(), 60), Plan::Fail { reason: Reason::DeadlineExceeded, .. }));
+    let given = |source: &str, phase: &str| {
+        let status = json!({"version": 3, "nodeName": "node-1", "phase": phase, "source": source});
+        snapshot(|body| body["status"] = status)
+    };
+    for phase in ["Pending", "Copying", "Committing"] {
+        let Plan::Unknown { reason, until, message } = plan(&given("Manual", phase), lost(), 59) else { panic!() };
+        assert_eq!((reason, until), (Reason::NodeUnreachable, Some(at(60))), "{message}");
+        let Plan::Fail { reason, message } = plan(&given("Manual", phase), lost(), 60) else { panic!("{phase}") };
+        assert!(reason == Reason::DeadlineExceeded && message.contains("can't be reached"), "{message}");
+        assert_eq!(plan(&given("Manual", phase), Some(NodeState::Alive), 99), Plan::Rest, "its agent ends it");
+        // What is a bot's last version, or what a rollback replaced, is not given up.
+        let kept = plan(&given("Preserved", phase), lost(), 99);
+        assert!(matches!(kept, Plan::Unknown { .. }), "{kept:?}");
+    }
+    assert!(matches!(plan(&given("Manual", "Ready"), lost(), 99), Plan::Unknown { until: None, .. }));
+    let gone = Some(NodeState::Gone("node-1 was deleted".to_owned()));
+    assert!(matches!(plan(&given("Manual", "Ready"), gone, 99), Plan::Unknown { reason: Reason::NodeGone, .. }));
+    assert_eq!(plan(&given("Manual", "Failed"), lost(), 99), Plan::Rest, "that is so, wherever its node is");
+}
+
+#[test]
 fn a_deleted_snapshot_is_let_go_when_nothing_of_it_is_left() {
     let held = |change: fn(&mut Value)| {
         snapshot(|body| {
