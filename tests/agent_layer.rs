@@ -31,7 +31,11 @@ struct Layer {
 impl Layer {
     fn new(name: &str) -> Self {
         // Upper and lower must not be on an overlay themselves; the build folder is where the sources are.
-        let top = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self::below(Path::new(env!("CARGO_TARGET_TMPDIR")), name)
+    }
+
+    fn below(dir: &Path, name: &str) -> Self {
+        let top = tempfile::tempdir_in(dir).unwrap();
         for dir in ["lower", "upper", "work", "merged", "copies", "debts", "outside"] {
             fs::create_dir(top.path().join(dir)).unwrap();
         }
@@ -567,6 +571,70 @@ async fn a_bot_that_changes_too_much_is_left_as_it_is() {
     let copy = layer.copy();
     assert!(!copy.join("stage").exists() && !copy.join("manifest").exists());
     assert_eq!(fs::read_dir(copy.join("fs")).unwrap().count(), 0);
+}
+
+/// A file system of a test's own, in a file.
+struct Disk {
+    dir: tempfile::TempDir,
+}
+
+impl Disk {
+    fn make(mkfs: &[&str], megabytes: u64) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let (image, at) = (dir.path().join("image"), dir.path().join("mounted"));
+        File::create(&image).unwrap().set_len(megabytes << 20).unwrap();
+        fs::create_dir(&at).unwrap();
+        let (program, options) = mkfs.split_first().unwrap();
+        for (program, arguments) in [
+            (*program, [options, &[image.to_str().unwrap()]].concat()),
+            ("mount", vec!["-o", "loop", image.to_str().unwrap(), at.to_str().unwrap()]),
+        ] {
+            let done = Command::new(program).args(arguments).output().unwrap();
+            assert!(done.status.success(), "{program}: {}", String::from_utf8_lossy(&done.stderr));
+        }
+        Self { dir }
+    }
+
+    fn at(&self) -> PathBuf {
+        self.dir.path().join("mounted")
+    }
+
+    /// Bytes in use, once all of it is on the disk.
+    fn used(&self) -> u64 {
+        let root = File::open(self.at()).unwrap();
+        rustix::fs::syncfs(&root).unwrap();
+        let disk = rustix::fs::fstatvfs(&root).unwrap();
+        (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(self.at(), rustix::mount::UnmountFlags::DETACH);
+    }
+}
+
+#[tokio::test]
+async fn where_blocks_can_be_shared_ten_versions_cost_what_changed() {
+    const DATA: u64 = 24 << 20;
+    let xfs = Disk::make(&["mkfs.xfs", "-q", "-m", "reflink=1"], 400);
+    let mut layer = Layer::below(&xfs.at(), "shared").mount();
+    layer.writes("slow");
+    let noise = (0..DATA / 8).flat_map(|i: u64| i.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
+    fs::write(layer.at("merged/large"), noise.collect::<Vec<_>>()).unwrap();
+    let before = xfs.used();
+    for n in 0..10 {
+        let file = File::options().write(true).open(layer.at("merged/large")).unwrap();
+        file.write_all_at(b"changed", n * 4096).unwrap();
+        layer.take(Hold::Freeze).await;
+        assert_eq!(layer.verify().await.mismatch_count, 0);
+    }
+    let grown = xfs.used() - before;
+    assert!(grown < DATA / 2, "ten copies of {DATA} bytes took {grown}");
+    // What is shared is not tied together.
+    fs::write(layer.at("merged/large"), "all of it is other now").unwrap();
+    assert_eq!(layer.verify().await.mismatch_count, 0);
+    assert_eq!(fs::metadata(layer.copy().join("fs/large")).unwrap().len(), DATA);
 }
 
 /// Processes whose command line has a path in it, with their parents.
