@@ -118,7 +118,8 @@ impl Layer {
     }
 
     async fn verify(&self) -> Summary {
-        let job = Job::Verify { source: self.copy().join("fs"), manifest: self.copy().join("manifest") };
+        let job =
+            Job::Verify { source: self.copy().join("fs"), manifest: self.copy().join("manifest"), unpacked: false };
         run(&job).await
     }
 
@@ -823,6 +824,43 @@ fn slow(at: &Path) {
         fs::write(at.join(format!("log-{}", n % 100)), &data).unwrap();
         std::thread::park_timeout(Duration::from_millis(50));
     }
+}
+
+/// A million files: beyond what the longest freeze allows it is said so; with more of it, they are copied. Minutes, and gigabytes.
+#[tokio::test]
+#[ignore = "it takes minutes"]
+async fn a_million_files_are_copied_or_it_is_said_why_not() {
+    let mut layer = Layer::new("million").mount();
+    layer.writes("slow");
+    for dir in 0..1000 {
+        let dir = layer.at(&format!("merged/many/{dir}"));
+        fs::create_dir_all(&dir).unwrap();
+        (0..1000).for_each(|n| fs::write(dir.join(n.to_string()), "x").unwrap());
+    }
+    for most in [100, 30_000] {
+        let began = Instant::now();
+        let job = layer.job(most);
+        let mut copy = copiers().start(&job).await.unwrap();
+        let said = loop {
+            match copy.next().await.unwrap() {
+                Said::Precopied { .. } => copy.go(Hold::Freeze).await.unwrap(),
+                Said::Taken { frozen_millis, .. } => println!("frozen {frozen_millis} ms"),
+                said @ (Said::Done(_) | Said::Failed(_)) => break said,
+                Said::TooMuch { .. } | Said::Still => {}
+            }
+        };
+        let peak = processes(Path::new(env!("CARGO_BIN_EXE_berth")));
+        println!("{:?}, {peak:?}: {}", began.elapsed(), format!("{said:?}").chars().take(200).collect::<String>());
+        match (most, said) {
+            (100, Said::Failed(failure)) => assert_eq!(failure.kind, FailureKind::TooManyChanges),
+            (_, Said::Done(summary)) => assert!(summary.files > 1_000_000),
+            (_, said) => panic!("{said:?}"),
+        }
+        assert!(!layer.is_frozen());
+    }
+    let began = Instant::now();
+    assert_eq!(layer.verify().await.mismatch_count, 0);
+    println!("read back in {:?}", began.elapsed());
 }
 
 /// Not a test: `cargo test --release --test agent_layer measure -- --ignored --nocapture` tells how long a freeze is.

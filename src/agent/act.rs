@@ -4,14 +4,13 @@ use std::collections::HashMap;
 use std::os::fd::AsFd as _;
 
 use containerd_client::services::v1::container::Runtime;
-use containerd_client::services::v1::snapshots::{MountsRequest, RemoveSnapshotRequest};
+use containerd_client::services::v1::snapshots::RemoveSnapshotRequest;
 use containerd_client::services::v1::{
     AddResourceRequest, Container as ContainerdContainer, CreateContainerRequest, CreateRequest as CreateLeaseRequest,
     CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest,
     GetRequest as GetTaskRequest, KillRequest, PauseTaskRequest, Resource, ResumeTaskRequest, StartRequest,
     UpdateContainerRequest, UpdateTaskRequest,
 };
-use containerd_client::types::Mount;
 use containerd_client::types::v1::Status as TaskState;
 use jiff::Timestamp;
 use kube::Client;
@@ -459,7 +458,7 @@ impl Actor {
         let old = work.record();
         let (references, mounts) = tokio::join!(
             References::read(&self.client, &work.desired.namespace, &alive.spec),
-            self.mounts(&work.desired.snapshotter, &layer.key),
+            self.versions.mounts(&work.desired.snapshotter, &layer.key),
         );
         let (references, mounts) = (references.map_err(StepError::References)?, mounts.map_err(StepError::Runtime)?);
         let image = self
@@ -542,12 +541,6 @@ impl Actor {
         done.map_err(StepError::Runtime)
     }
 
-    pub(super) async fn mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>, CallFailed> {
-        let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
-        let answer = self.containerd.snapshots().mounts(self.containerd.request(request)).await;
-        answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
-    }
-
     async fn create(&self, connect: bool, work: &Work<'_>) -> Result<(), StepError> {
         let id = work.id();
         let record = work.record().ok_or(StepError::Changed("the bot has no container"))?;
@@ -602,7 +595,7 @@ impl Actor {
     ) -> Result<Result<(), CallFailed>, StepError> {
         let logs = work.logs();
         let (mounts, pipes) = tokio::join!(
-            self.mounts(&record.snapshotter, &record.layer),
+            self.versions.mounts(&record.snapshotter, &record.layer),
             around(Effect::CreateOutput, self.output.ensure(id, &logs)),
         );
         let (mounts, pipes) = (mounts.map_err(StepError::Runtime)?, pipes.map_err(StepError::Output)?);

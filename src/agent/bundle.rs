@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write as _;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -258,16 +258,6 @@ pub struct Made {
 }
 
 impl Bundle {
-    /// Opens the root of a layer that no process uses.
-    ///
-    /// # Errors
-    /// It can't be mounted.
-    pub async fn open_layer(&self, mounts: &[Mount], id: &ContainerId) -> Result<OwnedFd, BundleError> {
-        let (mounts, dir, id) = (mounts.to_vec(), self.options.mnt_dir.clone(), id.clone());
-        let open = move || root::open(&mounts, &dir, &id).map_err(BundleError::from);
-        tokio::task::spawn_blocking(open).await.map_err(BundleError::from)?
-    }
-
     /// `node` are the facts of the machine.
     pub fn new(options: Options, node: NodeFacts, cgroups: Cgroups, client: Client) -> Self {
         Self { options: Arc::new(options), node: Arc::new(node), cgroups, client }
@@ -320,7 +310,7 @@ impl Bundle {
         let (bot, image) = (spec.clone(), input.image.clone());
         let (alive_network, noted) = (input.alive.network, input.noted.clone());
         let (spec, skills) = tokio::task::spawn_blocking(move || -> Result<(Vec<u8>, Skills), BundleError> {
-            let root = root::open(&mounts, &this.options.mnt_dir, &id)?;
+            let root = root::open(&mounts, &this.options.mnt_dir, id.as_str())?;
             let data = &bot.data.path;
             check_root(root.as_fd(), data).map_err(|source| match source {
                 // What is wrong on the way to the data is a matter of that field, all else of the image.

@@ -23,6 +23,7 @@
 //! replace.rs another layer in the place of the bot's own
 //! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
 //! snapshot/  BotSnapshots: the same loop once more              version.rs  versions in containerd     gate.rs   who may touch a bot now
+//! diff.rs    containerd's own diff, where a layer has no directory
 //! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -35,6 +36,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod cost;
 pub mod desired;
+pub mod diff;
 pub mod disk;
 pub mod failpoint;
 pub mod floor;
@@ -85,7 +87,7 @@ pub use args::AgentArgs;
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::{BotUid, ContainerId};
 use crate::api::{BotContainer, BotSnapshot};
-use crate::containerd::{CallContext as _, Containerd};
+use crate::containerd::{CallContext as _, CallFailed, Containerd};
 use crate::image::Images;
 use crate::layer::{self, Copiers};
 use crate::network::Network;
@@ -150,6 +152,15 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let client = crate::client::connect().await?;
     let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
     ensure_namespace(&containerd, &stop).await;
+    let snapshotters = until_done(&metrics, &stop, async || {
+        let failed = |error: CallFailed| (Reason::RuntimeUnavailable, anyhow::Error::new(error));
+        node::snapshotters(&containerd).await.map_err(failed)
+    });
+    let Some(mut snapshotters) = snapshotters.await else { return Ok(()) };
+    // Also where it does not work now: it may have layers of bots.
+    if !snapshotters.contains(&args.snapshotter) {
+        snapshotters.push(args.snapshotter.clone());
+    }
 
     let mut machine = crate::oci::NodeFacts::read().context("this machine can't run bots")?;
     machine.default_pids_limit = Some(args.default_pids_limit);
@@ -237,7 +248,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let debts = args.debts_dir();
     settle_debts(&debts, &metrics);
     let copiers = Copiers::new(args.program()?, Some(args.helpers_cgroup()));
-    let versions = Versions::new(containerd.clone(), copiers, args.snapshots_dir());
+    let versions = Versions::new(containerd.clone(), copiers, args.snapshots_dir(), args.mnt_dir());
     let (bots, mut writer) = store::<BotContainer>();
     let (snapshots, mut snapshot_writer) = store::<BotSnapshot>();
     let (nudges, mut nudged) = mpsc::channel::<Nudge>(256);
@@ -259,7 +270,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
             bundle,
             shims: shims.clone(),
             versions,
-            snapshotters: vec![args.snapshotter.clone()],
+            snapshotters: snapshotters.clone(),
         },
         publisher: Publisher::new(client.clone(), args.node_name.clone(), metrics.clone()),
         bots: bots.clone(),
@@ -314,7 +325,6 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     let mut debts_at = tokio::time::interval(DEBTS);
     debts_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let versions = shared.actor.versions.clone();
-    let snapshotters = vec![args.snapshotter.clone()];
     let (grace, retention) = (args.orphan_grace(), args.orphan_retention);
     let versions = VersionSweeper::new(client.clone(), versions, snapshotters, grace, retention, orphans_sender);
     let mut sweeper = Some(Sweeper::new(client, containerd, network, output, shims, versions));

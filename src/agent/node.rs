@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use containerd_client::services::v1::PluginsRequest;
 use futures::StreamExt;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
@@ -134,15 +135,7 @@ impl Registration {
             kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
             cgroup: self.facts.cgroup.clone(),
         };
-        let plugins = {
-            use containerd_client::services::v1::PluginsRequest;
-            let request = PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".to_owned()] };
-            let answer = self.containerd.introspection().plugins(self.containerd.request(request)).await;
-            answer.call("list plugins of", "containerd").map_err(failed)?.plugins
-        };
-        let mut snapshotters: Vec<String> =
-            plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
-        snapshotters.sort();
+        let snapshotters = snapshotters(&self.containerd).await.map_err(failed)?;
         let mut conditions = vec![
             node_condition(live, "Ready", true, Reason::AgentReady, "the agent serves its node"),
             match floor::judge(&versions.containerd, &versions.runc) {
@@ -318,6 +311,17 @@ impl Registration {
             }
         }
     }
+}
+
+/// The snapshotters that work, sorted.
+pub async fn snapshotters(containerd: &Containerd) -> Result<Vec<String>, CallFailed> {
+    let request = PluginsRequest { filters: vec!["type==io.containerd.snapshotter.v1".to_owned()] };
+    let answer = containerd.introspection().plugins(containerd.request(request)).await;
+    let plugins = answer.call("list plugins of", "containerd")?.plugins;
+    let mut found: Vec<String> =
+        plugins.into_iter().filter(|plugin| plugin.init_err.is_none()).map(|plugin| plugin.id).collect();
+    found.sort();
+    Ok(found)
 }
 
 fn node_condition(live: Option<&BotNodeStatus>, type_: &str, status: bool, reason: Reason, message: &str) -> Condition {

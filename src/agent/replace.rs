@@ -10,8 +10,6 @@
 //! What is made beside is noted on the container before it is made, and switched to by one write of that note: whenever it is cut
 //! off, the bot is on the old layer or on the new one.
 
-use std::os::fd::AsRawFd as _;
-
 use containerd_client::services::v1::{AddResourceRequest, Resource};
 use jiff::Timestamp;
 
@@ -110,19 +108,28 @@ impl Actor {
         let hold = AddResourceRequest { id: LeaseId::from(id).as_str().to_owned(), resource: Some(content) };
         let held = self.containerd.leases().add_resource(self.containerd.request(hold)).await;
         held.call("add to lease", id.as_str()).map_err(runtime)?;
-        let dirs = self.versions.active_dirs(snapshotter, key).await.map_err(StepError::Version)?;
-        let mounts = self.mounts(snapshotter, &old.key).await.map_err(runtime)?;
-        // Open until the copier has ended, which reads through it.
-        let root = self.bundle.open_layer(&mounts, id).await.map_err(StepError::Bundle)?;
+        // Open until the copier has ended, which reads and writes through them.
+        let (dirs, whole) = match self.versions.active_dirs(snapshotter, key).await {
+            Err(VersionError::NoDirectory { .. }) => {
+                let mounts = self.versions.mounts(snapshotter, key).await.map_err(runtime)?;
+                let (dirs, root) = self.versions.open_tree(&mounts, key).await.map_err(StepError::Version)?;
+                (dirs, Some(root))
+            }
+            found => (found.map_err(StepError::Version)?, None),
+        };
+        let mounts = self.versions.mounts(snapshotter, &old.key).await.map_err(runtime)?;
+        let (source, root) = self.versions.open_tree(&mounts, &old.key).await.map_err(StepError::Version)?;
         let job = Job::Carry {
-            source: format!("/proc/{}/fd/{}", std::process::id(), root.as_raw_fd()).into(),
+            source: source.own,
             path: alive.spec.data.path.trim_start_matches('/').into(),
-            stage: dirs.stage(),
+            // Below a directory of the layer's own the stage is beside it; a whole tree has no place beside.
+            stage: if whole.is_some() { dirs.own.join(".berth-stage") } else { dirs.stage() },
             dest: dirs.own,
             lower: dirs.lower,
+            whole: whole.is_some(),
         };
         around(Effect::CarryCopy, self.versions.run(&job)).await.map_err(StepError::Version)?;
-        drop(root);
+        drop((root, whole));
         self.versions.label(snapshotter, key, labels::FILLING, "").await.map_err(runtime)?;
         let aside = record.aside.clone().map(|aside| Aside { complete: true, ..aside });
         around(Effect::CarryNote, self.note(id, &Record { aside, ..record.clone() })).await
@@ -223,6 +230,7 @@ impl Actor {
             files: None,
             changes: None,
             exported: None,
+            by_diff: false,
         };
         around(note, async { self.versions.note(&version.uid, &taken) }).await.map_err(StepError::Version)?;
         let (name, labels) = (version.runtime_name(), version.labels(stands.image, stands.digest));

@@ -10,8 +10,6 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags};
 
-use crate::api::ids::ContainerId;
-
 /// A layer could not be mounted or opened.
 #[derive(Debug, thiserror::Error)]
 pub enum MountFailed {
@@ -32,9 +30,9 @@ pub enum MountFailed {
 
 /// Mounts a layer, opens its root, and takes the mount out of the tree again: it lives as long as the descriptor, so that
 /// nothing is left behind by a crash. The layer must not be in use: overlayfs forbids a second mount of an upper
-/// directory.
-pub fn open(mounts: &[Mount], mnt_dir: &Path, id: &ContainerId) -> Result<OwnedFd, MountFailed> {
-    let target = mnt_dir.join(id.as_str());
+/// directory. `name` is where it is mounted for a moment: nobody else's at the same time.
+pub fn open(mounts: &[Mount], mnt_dir: &Path, name: &str) -> Result<OwnedFd, MountFailed> {
+    let target = mnt_dir.join(name);
     let failed = |what| {
         let path = target.clone();
         move |source: Errno| MountFailed::Kernel { what, path, source: source.into() }
@@ -142,7 +140,6 @@ fn options(options: &[String]) -> (MountFlags, String) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::ids::BotUid;
 
     fn open_overlay(layers: usize) -> String {
         let dir = tempfile::tempdir().unwrap();
@@ -160,8 +157,7 @@ mod tests {
         ];
         let mount =
             Mount { r#type: "overlay".into(), source: "overlay".into(), options: options.into(), ..Mount::default() };
-        let id = BotUid::parse("2f0d7c1a-8f0c-4d7e-9a55-0f6a3d1f2b11").unwrap().container_id();
-        let root = open(&[mount], &dir.path().join("mnt"), &id).unwrap();
+        let root = open(&[mount], &dir.path().join("mnt"), "a-bot").unwrap();
         let before = std::env::current_dir().unwrap();
         let file = crate::oci::rootfs::read_file(std::os::fd::AsFd::as_fd(&root), "/file", 100).unwrap().unwrap();
         assert_eq!(std::env::current_dir().unwrap(), before);

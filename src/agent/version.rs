@@ -13,6 +13,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use containerd_client::services::v1::snapshots::{
@@ -36,6 +37,7 @@ use crate::containerd::{CallContext as _, CallFailed, Containerd};
 use crate::layer::{CopierError, Copiers, Failure, FailureKind, Job, Said, Summary};
 
 use super::labels;
+use super::root::{self, MountFailed};
 
 /// Longest that a commit may take: containerd counts what is in the layer meanwhile.
 const COMMIT_DEADLINE: std::time::Duration = std::time::Duration::from_secs(300);
@@ -114,6 +116,9 @@ pub struct Taken {
     /// The OCI image that was made of it.
     #[serde(default)]
     pub exported: Option<Exported>,
+    /// Whether containerd's own diff made it, so that what was copied could not be compared with what the bot had.
+    #[serde(default)]
+    pub by_diff: bool,
 }
 
 impl Taken {
@@ -153,6 +158,9 @@ pub enum VersionError {
         /// Why.
         source: io::Error,
     },
+    /// A layer could not be mounted to be read.
+    #[error("a layer can't be opened")]
+    Mount(#[from] MountFailed),
     /// The snapshotter keeps no directory of a layer's own.
     #[error("the snapshotter {snapshotter} has no directory of a layer's own that could be copied; use overlayfs")]
     NoDirectory {
@@ -191,7 +199,7 @@ impl VersionError {
                 FailureKind::Unsupported => Reason::ExportUnsupported,
                 FailureKind::Freezer | FailureKind::Aborted | FailureKind::Other => Reason::RuntimeFailed,
             },
-            Self::Files { .. } => Reason::StorageFailed,
+            Self::Files { .. } | Self::Mount(_) => Reason::StorageFailed,
             Self::NoDirectory { .. } => Reason::SnapshotsUnsupported,
             Self::Missing { .. } => Reason::SnapshotLost,
             Self::Corrupt { .. } => Reason::SnapshotCorrupt,
@@ -201,7 +209,7 @@ impl VersionError {
     /// Whether trying again can help.
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Runtime(_) | Self::Copier(_) | Self::Files { .. } | Self::Missing { .. } => true,
+            Self::Runtime(_) | Self::Copier(_) | Self::Files { .. } | Self::Mount(_) | Self::Missing { .. } => true,
             Self::Failed(failure) => {
                 !matches!(failure.kind, FailureKind::TooManyChanges | FailureKind::Mismatch | FailureKind::Unsupported)
             }
@@ -247,18 +255,37 @@ impl Dirs {
     }
 }
 
+/// A committed layer's files, opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// Where they are.
+    pub dirs: Dirs,
+    /// Of a tree that has the layers below in it: what keeps it open.
+    root: Option<OwnedFd>,
+    /// Snapshotter and key of a view that is there as long.
+    view: Option<(String, String)>,
+}
+
+impl Opened {
+    /// Whether the files of the layers below are among them, the snapshotter having no directory of a layer's own.
+    pub fn is_whole(&self) -> bool {
+        self.root.is_some()
+    }
+}
+
 /// The versions of this node.
 #[derive(Clone, Debug)]
 pub struct Versions {
-    containerd: Containerd,
+    pub(super) containerd: Containerd,
     copiers: Copiers,
     dir: PathBuf,
+    mnt_dir: PathBuf,
 }
 
 impl Versions {
-    /// `dir` is where manifests are kept, a folder a version.
-    pub fn new(containerd: Containerd, copiers: Copiers, dir: PathBuf) -> Self {
-        Self { containerd, copiers, dir }
+    /// `dir` is where manifests are kept, a folder a version; `mnt_dir` where layers are mounted for a moment.
+    pub fn new(containerd: Containerd, copiers: Copiers, dir: PathBuf, mnt_dir: PathBuf) -> Self {
+        Self { containerd, copiers, dir, mnt_dir }
     }
 
     /// The copiers.
@@ -359,33 +386,68 @@ impl Versions {
 
     /// Where an active layer's files are.
     pub async fn active_dirs(&self, snapshotter: &str, key: &str) -> Result<Dirs, VersionError> {
-        let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
-        let answer = self.containerd.snapshots().mounts(self.containerd.request(request)).await;
-        let mounts = answer.call("get mounts of snapshot", key)?.mounts;
+        let mounts = self.mounts(snapshotter, key).await?;
         Dirs::of(&mounts, true).ok_or_else(|| VersionError::NoDirectory { snapshotter: snapshotter.to_owned() })
     }
 
-    /// Where a committed layer's files are. Only a view of it has mounts to tell; it goes at once.
-    pub async fn committed_dirs(&self, snapshotter: &str, name: &str) -> Result<Dirs, VersionError> {
+    /// Opens a committed layer's files: its own where there is a directory of these, else all that is seen through it. To be given back
+    /// to [`Self::close`].
+    pub async fn open_committed(&self, snapshotter: &str, name: &str) -> Result<Opened, VersionError> {
         let key = format!("{name}.view");
+        let mounts = self.view(snapshotter, &key, name).await?;
+        if let Some(dirs) = Dirs::of(&mounts, false) {
+            // Nothing but its mounts was wanted.
+            self.remove(snapshotter, &key).await?;
+            return Ok(Opened { dirs, root: None, view: None });
+        }
+        let (dirs, root) = self.open_tree(&mounts, &key).await?;
+        Ok(Opened { dirs, root: Some(root), view: Some((snapshotter.to_owned(), key)) })
+    }
+
+    /// Ends what [`Self::open_committed`] began. What was opened and never closed goes with the next look, or with its version.
+    pub async fn close(&self, opened: Opened) -> Result<(), CallFailed> {
+        let Opened { dirs: _, root, view } = opened;
+        drop(root);
+        match view {
+            Some((snapshotter, key)) => self.remove(&snapshotter, &key).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a view of a committed layer anew, and gives its mounts.
+    pub async fn view(&self, snapshotter: &str, key: &str, parent: &str) -> Result<Vec<Mount>, VersionError> {
         let view = || async {
             let labels = HashMap::from([(labels::GC_ROOT.to_owned(), Timestamp::now().to_string())]);
-            let (snapshotter, key, parent) = (snapshotter.to_owned(), key.clone(), name.to_owned());
-            let request = ViewSnapshotRequest { snapshotter, key, parent, labels };
+            let (snapshotter, key_, parent) = (snapshotter.to_owned(), key.to_owned(), parent.to_owned());
+            let request = ViewSnapshotRequest { snapshotter, key: key_, parent, labels };
             let answer = self.containerd.snapshots().view(self.containerd.request(request)).await;
-            answer.call("view snapshot", name).map(|answer| answer.mounts)
+            answer.call("view snapshot", key).map(|answer| answer.mounts)
         };
-        let mounts = match view().await {
-            // Of a look that was cut off, or of one at the same time.
+        match view().await {
+            // Of a look that was cut off.
             Err(error) if error.is_already_exists() => {
-                self.remove(snapshotter, &key).await?;
-                view().await
+                self.remove(snapshotter, key).await?;
+                Ok(view().await?)
             }
-            Err(error) if error.is_not_found() => return Err(VersionError::Missing { name: name.to_owned() }),
-            done => done,
-        }?;
-        self.remove(snapshotter, &key).await?;
-        Dirs::of(&mounts, false).ok_or_else(|| VersionError::NoDirectory { snapshotter: snapshotter.to_owned() })
+            Err(error) if error.is_not_found() => Err(VersionError::Missing { name: parent.to_owned() }),
+            done => Ok(done?),
+        }
+    }
+
+    /// Opens the tree that mounts make, for copiers to read or to fill.
+    pub async fn open_tree(&self, mounts: &[Mount], name: &str) -> Result<(Dirs, OwnedFd), VersionError> {
+        let (mounts, dir, at) = (mounts.to_vec(), self.mnt_dir.clone(), name.to_owned());
+        let opened = tokio::task::spawn_blocking(move || root::open(&mounts, &dir, &at)).await;
+        let root = opened.unwrap_or_else(|error| Err(MountFailed::Unknown(error.to_string())))?;
+        let own = format!("/proc/{}/fd/{}", std::process::id(), root.as_raw_fd()).into();
+        Ok((Dirs { own, lower: Vec::new() }, root))
+    }
+
+    /// The mounts of an active layer.
+    pub async fn mounts(&self, snapshotter: &str, key: &str) -> Result<Vec<Mount>, CallFailed> {
+        let request = MountsRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() };
+        let answer = self.containerd.snapshots().mounts(self.containerd.request(request)).await;
+        answer.call("get mounts of snapshot", key).map(|answer| answer.mounts)
     }
 
     /// Makes an active layer.
@@ -469,10 +531,38 @@ impl Versions {
         }
     }
 
+    /// Writes the manifest of a committed layer, the version `uid`'s, and says what changed against the one before.
+    pub async fn describe(
+        &self,
+        snapshotter: &str,
+        name: &str,
+        uid: &str,
+        before: Option<PathBuf>,
+    ) -> Result<Summary, VersionError> {
+        let opened = self.open_committed(snapshotter, name).await?;
+        // Against the layers below nothing can be told of a tree that has them in it.
+        let told = before.is_some() || !opened.is_whole();
+        let Dirs { own, lower } = opened.dirs.clone();
+        let summary = self.run(&Job::Describe { source: own, manifest: self.manifest(uid), before, lower }).await?;
+        self.close(opened).await?;
+        Ok(Summary { changes: summary.changes.filter(|_| told), ..summary })
+    }
+
+    /// Reads an active layer that no process uses against a manifest of the whole tree that is seen through it.
+    async fn compare(&self, snapshotter: &str, key: &str, manifest: Option<PathBuf>) -> Result<Summary, VersionError> {
+        let Some(manifest) = manifest else { return Ok(Summary::default()) };
+        let mounts = self.mounts(snapshotter, key).await?;
+        // Open until the copier has ended, which reads through it.
+        let (dirs, _root) = self.open_tree(&mounts, key).await?;
+        self.run(&Job::Verify { source: dirs.own, manifest, unpacked: true }).await
+    }
+
     /// Frees a version's bytes, or, where a fork stands on it, notes that they go with the last of these. Whether they went.
     pub async fn release(&self, snapshotter: &str, name: &str) -> Result<bool, CallFailed> {
         // Forks have leases of their own.
         self.let_go(name).await?;
+        // Of a look that was cut off.
+        self.remove(snapshotter, &format!("{name}.view")).await?;
         match self.remove(snapshotter, name).await {
             Ok(()) => Ok(true),
             Err(error) if error.status.code() == Code::FailedPrecondition => {
@@ -504,14 +594,20 @@ impl Versions {
     ) -> Result<(), VersionError> {
         let name = labels::version(version_uid);
         let Some(info) = self.stat(snapshotter, &name).await? else { return Err(VersionError::Missing { name }) };
-        let from = self.committed_dirs(snapshotter, &name).await?;
+        let from = self.open_committed(snapshotter, &name).await?;
         self.remove(snapshotter, key).await?;
         labels.insert(labels::FILLING.to_owned(), version_uid.to_owned());
         self.prepare(snapshotter, key, &info.parent, labels).await?;
-        let to = self.active_dirs(snapshotter, key).await?;
         let manifest = Some(self.manifest(version_uid)).filter(|path| path.exists());
-        let stage = to.stage();
-        let summary = self.run(&Job::Clone { source: from.own, dest: to.own, stage, manifest }).await?;
+        let summary = if from.is_whole() {
+            self.close(from).await?;
+            self.copy_by_diff(snapshotter, &info.parent, &name, key).await?;
+            self.compare(snapshotter, key, manifest).await?
+        } else {
+            let to = self.active_dirs(snapshotter, key).await?;
+            let stage = to.stage();
+            self.run(&Job::Clone { source: from.dirs.own, dest: to.own, stage, manifest }).await?
+        };
         intact(&name, &summary)?;
         Ok(self.label(snapshotter, key, labels::FILLING, "").await?)
     }
@@ -523,7 +619,7 @@ impl Versions {
             match copy.next().await? {
                 Said::Done(summary) => return Ok(summary),
                 Said::Failed(failure) => return Err(VersionError::Failed(failure)),
-                Said::Precopied { .. } | Said::Taken { .. } | Said::TooMuch { .. } => {}
+                Said::Precopied { .. } | Said::Taken { .. } | Said::TooMuch { .. } | Said::Still => {}
             }
         }
     }

@@ -10,6 +10,7 @@
 //! - The guardian's end closes the socket: the worker thaws and ends.
 //! - Both are in a session and a cgroup of their own, so that nothing that ends the agent ends them with it.
 
+use std::collections::HashMap;
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -19,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{Gid, Mode, OFlags, ResolveFlags, Uid, XattrFlags, mkdirat, openat2};
+use rustix::fs::{FileType, Gid, Mode, OFlags, ResolveFlags, Uid, XattrFlags, mkdirat, openat2};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, Resource, Signal};
 
@@ -127,7 +128,7 @@ fn guard(job: &Job, worker: i32, socket: &OwnedFd) -> ExitCode {
         let _ = rustix::process::kill_process(pid, Signal::KILL);
         let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
     }
-    if let Job::Take { debt, .. } = job {
+    if let Job::Take { debt, .. } | Job::Still { debt, .. } = job {
         // Its lock went with the worker.
         if let Err(error) = settle(debt) {
             let _ = writeln!(io::stderr(), "can't thaw what {} says: {error}", debt.display());
@@ -160,9 +161,10 @@ fn work(job: &Job, mut input: impl io::BufRead, guardian: OwnedFd) -> ExitCode {
     let done = match job {
         Job::Take { .. } => take(job, &mut input, &owed),
         Job::Clone { source, dest, stage, manifest } => clone(source, dest, stage, manifest.as_deref()),
-        Job::Carry { source, path, dest, stage, lower } => carry(source, path, dest, stage, lower),
+        Job::Carry { source, path, dest, stage, lower, whole } => carry(source, path, dest, stage, lower, *whole),
+        Job::Still { cgroup, debt, max_freeze_millis } => still(cgroup, debt, *max_freeze_millis, &mut input, &owed),
         Job::Describe { source, manifest, before, lower } => describe(source, manifest, before.as_deref(), lower),
-        Job::Verify { source, manifest } => verify(source, manifest),
+        Job::Verify { source, manifest, unpacked } => verify(source, manifest, *unpacked),
         Job::Tar { source, manifest, from: None } => {
             tar(source, manifest, 0, io::sink()).map(|written| Summary { tar: Some(written), ..Summary::default() })
         }
@@ -286,6 +288,46 @@ fn take(job: &Job, input: &mut impl io::BufRead, owed: &Owed) -> Result<Summary,
     Ok(summary(&now, Some((before.as_deref(), lower))))
 }
 
+/// Holds the bot still until the agent says that it has what it wanted.
+fn still(
+    cgroup: &[PathBuf],
+    debt: &Path,
+    max_freeze_millis: u64,
+    input: &mut impl io::BufRead,
+    owed: &Owed,
+) -> Result<Summary, Failure> {
+    let gone = || Failure { kind: FailureKind::Aborted, message: "the agent is gone".to_owned() };
+    say(&Said::Precopied { rounds: 0, files: 0, bytes: 0 });
+    let mut line = String::new();
+    if input.read_line(&mut line).unwrap_or(0) == 0 {
+        return Err(gone());
+    }
+    let (began, most) = (Instant::now(), Duration::from_millis(max_freeze_millis));
+    let Frozen = freeze(debt, cgroup, began + most, owed)?;
+    let instant = Timestamp::now();
+    say(&Said::Still);
+    // The agent says no more than this line, so nothing of it is in the buffer.
+    let left = most.saturating_sub(began.elapsed());
+    let left = rustix::event::Timespec::try_from(left).ok();
+    let stdin = io::stdin();
+    let ended = poll(&mut [PollFd::new(&stdin, PollFlags::IN)], left.as_ref());
+    thaw(owed)?;
+    let frozen_millis = u64::try_from(began.elapsed().as_micros().div_ceil(1000)).unwrap_or(u64::MAX);
+    match ended {
+        Ok(0) => {
+            let message = format!(
+                "containerd's diff was not done when the bot had been frozen for maxFreezeMillis ({max_freeze_millis})"
+            );
+            Err(Failure { kind: FailureKind::TooManyChanges, message })
+        }
+        Ok(_) if input.read_line(&mut line).unwrap_or(0) > 0 => {
+            say(&Said::Taken { at: instant, frozen_millis });
+            Ok(Summary::default())
+        }
+        _ => Err(gone()),
+    }
+}
+
 /// The bot is frozen; the debt lies where the guardian's end is waited for.
 struct Frozen;
 
@@ -337,7 +379,14 @@ fn clone(source: &Path, dest: &Path, stage: &Path, manifest: Option<&Path>) -> R
     Ok(done)
 }
 
-fn carry(source: &Path, path: &Path, dest: &Path, stage: &Path, lower: &[PathBuf]) -> Result<Summary, Failure> {
+fn carry(
+    source: &Path,
+    path: &Path,
+    dest: &Path,
+    stage: &Path,
+    lower: &[PathBuf],
+    whole: bool,
+) -> Result<Summary, Failure> {
     let to = at("open", dest, super::tree::open_root(dest))?;
     let from = at("open", source, super::tree::open_root(source))?;
     // Below the bot's own root, and through no link: the directory is what spec.data says, or nothing.
@@ -358,11 +407,16 @@ fn carry(source: &Path, path: &Path, dest: &Path, stage: &Path, lower: &[PathBuf
         return Err(Failure { kind: FailureKind::Other, message: "the copy was broken off".to_owned() });
     };
     let now = at("describe", path, Manifest::of(&tree, &take))?;
+    if whole {
+        at("empty", dest, remove_all(&to, path))?;
+    }
     let inside = at("make", dest, make_way(&to, path, &Lower::open(lower)))?;
     at("fill", dest, assemble(&tree, &mut take, inside.as_fd()))?;
     // What the image has there is no part of the bot's data.
-    let opaque = rustix::fs::fsetxattr(&inside, c"trusted.overlay.opaque", b"y", XattrFlags::empty());
-    at("mark", dest, opaque.map_err(io::Error::from))?;
+    if !whole {
+        let opaque = rustix::fs::fsetxattr(&inside, c"trusted.overlay.opaque", b"y", XattrFlags::empty());
+        at("mark", dest, opaque.map_err(io::Error::from))?;
+    }
     at("remove", stage, std::fs::remove_dir_all(stage))?;
     at("sync", dest, rustix::fs::syncfs(&to).map_err(io::Error::from))?;
     // Read back what was made, as a version is.
@@ -374,6 +428,35 @@ fn carry(source: &Path, path: &Path, dest: &Path, stage: &Path, lower: &[PathBuf
         return Err(Failure { kind: FailureKind::Mismatch, message });
     }
     Ok(summary(&now, None))
+}
+
+/// Removes all that a directory has in it, through no link; nothing where there is none.
+fn remove_all(root: &OwnedFd, path: &Path) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_SYMLINKS;
+    match openat2(root, path, flags, Mode::empty(), resolve) {
+        Ok(dir) => empty(&dir),
+        Err(rustix::io::Errno::NOENT) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn empty(dir: &OwnedFd) -> io::Result<()> {
+    for entry in rustix::fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        match rustix::fs::unlinkat(dir, name, rustix::fs::AtFlags::empty()) {
+            Err(rustix::io::Errno::ISDIR) => {
+                empty(&super::tree::open_dir(dir.as_fd(), name)?)?;
+                rustix::fs::unlinkat(dir, name, rustix::fs::AtFlags::REMOVEDIR)?;
+            }
+            removed => removed?,
+        }
+    }
+    Ok(())
 }
 
 /// Makes the directories down to `path` in an empty layer, each as the layers below have it, and opens the last.
@@ -388,7 +471,14 @@ fn make_way(root: &OwnedFd, path: &Path, lower: &Lower) -> io::Result<OwnedFd> {
         }
         so_far.extend_from_slice(bytes);
         let name = std::ffi::CString::new(bytes)?;
-        mkdirat(&fd, &name, Mode::RWXU)?;
+        match mkdirat(&fd, &name, Mode::RWXU) {
+            // The image's own, in a layer that is whole: it stays as it is.
+            Err(rustix::io::Errno::EXIST) => {
+                fd = super::tree::open_dir(fd.as_fd(), &name)?;
+                continue;
+            }
+            made => made?,
+        }
         let next = super::tree::open_dir(fd.as_fd(), &name)?;
         let below = lower.find(&so_far);
         let mode = below.map_or(0o755, |below| below.mode & 0o7777);
@@ -409,9 +499,16 @@ fn describe(source: &Path, manifest: &Path, before: Option<&Path>, lower: &[Path
     Ok(summary(&now, Some((before, lower))))
 }
 
-fn verify(source: &Path, manifest: &Path) -> Result<Summary, Failure> {
-    let wanted = at("read", manifest, Manifest::load(manifest))?;
+fn verify(source: &Path, manifest: &Path, unpacked: bool) -> Result<Summary, Failure> {
+    let mut wanted = at("read", manifest, Manifest::load(manifest))?;
     let now = at("read", source, Manifest::read_layer(source, threads(), true))?;
+    if unpacked {
+        let times: HashMap<&str, _> = now.items.iter().map(|item| (item.path.as_str(), item.mtime)).collect();
+        for item in &mut wanted.items {
+            let same = |is: &&(i64, i64)| item.kind() == FileType::Directory || is.0 == item.mtime.0;
+            item.mtime = times.get(item.path.as_str()).filter(same).copied().unwrap_or(item.mtime);
+        }
+    }
     let (mismatches, mismatch_count) = now.differences(&wanted, WORDS);
     Ok(Summary { mismatches, mismatch_count, ..summary(&now, None) })
 }

@@ -55,6 +55,8 @@ pub enum Job {
         stage: PathBuf,
         /// The layers below the new one, the top one first.
         lower: Vec<PathBuf>,
+        /// Whether `dest` has the files of the layers below as well, being no directory of the new layer's own.
+        whole: bool,
     },
     /// Read a layer that nobody changes, and write its manifest.
     Describe {
@@ -73,6 +75,18 @@ pub enum Job {
         source: PathBuf,
         /// What it must be.
         manifest: PathBuf,
+        /// Whether containerd's diff was unpacked to make it, which leaves directories the times of that, and others whole seconds.
+        unpacked: bool,
+    },
+    /// Hold a bot still while another copies it: after [`Said::Precopied`] and its [`Hold`] it says [`Said::Still`], and ends the freeze
+    /// at the next line that it reads, or when it has been long enough, which fails.
+    Still {
+        /// See `Take`.
+        cgroup: Vec<PathBuf>,
+        /// See `Take`.
+        debt: PathBuf,
+        /// Longest freeze.
+        max_freeze_millis: u64,
     },
     /// Write a layer that nobody changes as an OCI layer: a tar.
     Tar {
@@ -114,6 +128,8 @@ pub enum Said {
         /// What was copied of it.
         bytes: u64,
     },
+    /// The bot is frozen.
+    Still,
     /// One instant is held; the bot is thawed.
     Taken {
         /// Which.

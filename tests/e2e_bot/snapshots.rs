@@ -652,3 +652,85 @@ async fn what_nobody_adopts_in_time_goes() {
     stage.agent.nothing_left_since(&before, SOON).await;
     stage.orphans("none", <[OrphanedLayer]>::is_empty).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshotter_without_a_directory_of_a_layers_own_falls_back_to_containerds_diff() {
+    let stage = Stage::set("snap-native").await;
+    let before = stage.leaks_on("native").await;
+    let native = |name: &str| bot(name).with(|spec| spec.snapshotter = Some("native".to_owned()));
+    let web = stage.runs(native("web").id("the-bot").with(|s| s.deletion_policy = DeletionPolicy::Retain)).await;
+    let began = life(pid(&web));
+    write_in(&web, "/data/note", "first");
+    std::fs::remove_file(path_in(&web, "/bin/env")).unwrap();
+
+    let first = stage.taken("first", "web").await;
+    let said = told(&first);
+    assert_eq!((said.taken, said.snapshotter.as_deref()), (Some(Taken::Live), Some("native")));
+    assert!(said.frozen_millis > Some(0) && said.files > Some(10), "{said:?}");
+    let verified = find(&said.conditions, ConditionType::Verified).unwrap();
+    assert_eq!((verified.status.as_str(), verified.reason.as_str()), ("Unknown", "MadeByDiff"));
+    assert_eq!(life(pid(&web)), began, "the bot was ended");
+    // One that would take too long leaves the bot alone.
+    let spec = BotSnapshotSpec { max_freeze_millis: 1, ..BotSnapshotSpec::of("web") };
+    stage.ask_for("hasty", spec).await;
+    let hasty = stage.ns.snapshot("hasty", SnapshotPhase::Failed).await;
+    assert_eq!(reason(&hasty).1, "TooManyChanges", "{:?}", reason(&hasty));
+    stage.ns.snapshots().delete("hasty", &DeleteParams::default()).await.unwrap();
+    stage.ns.no_snapshot("hasty").await;
+
+    write_in(&web, "/data/note", "second");
+    let second = stage.taken("second", "web").await;
+    let changes = told(&second).changes.clone().unwrap();
+    assert!(changes.paths.iter().any(|c| c.path == "/data/note" && c.change == ChangeKind::Modified), "{changes:?}");
+
+    // Back, kept, forked, moved to another image: as everywhere.
+    stage.edit("web", json!({"rollback": {"id": "back", "snapshotName": "first"}})).await;
+    let back = stage.ns.until("web", "rolled back", SOON, |bot| status(bot).rollback.is_some()).await;
+    let back = stage.ns.phase(&back.name_any(), Phase::Running, SOON).await;
+    assert_eq!(read_in(&back, "/data/note").await, "first");
+    assert!(!path_in(&back, "/bin/env").exists(), "what was deleted came back");
+    let fork = native("fork").with(|spec| spec.restore_from = Some(RestoreFrom { snapshot_name: "second".to_owned() }));
+    assert_eq!(read_in(&stage.runs(fork).await, "/data/note").await, "second");
+    let another = format!("{}/berth/other-{}:1", stage.cluster.env("BERTH_REGISTRY"), stage.ns.name());
+    push_another(&another);
+    write_in(&back, "/data/a/deep", "kept");
+    stage.edit("web", json!({"image": another})).await;
+    let moved = stage
+        .ns
+        .until("web", "on another image", SOON, |bot| {
+            status(bot).image.as_ref().is_some_and(|image| image.reference == another)
+                && says(bot, ConditionType::Ready).is_some_and(|(ready, _)| ready == "True")
+        })
+        .await;
+    assert_eq!(read_in(&moved, "/data/note").await, "first");
+    assert_eq!(read_in(&moved, "/data/a/deep").await, "kept");
+    assert!(path_in(&moved, "/bin/env").exists(), "the other image is not there");
+    write_in(&moved, "/data/note", "last");
+    stage.ns.delete("web", SOON).await;
+    let again = native("again").id("the-bot").image(&another);
+    assert_eq!(read_in(&stage.runs(again).await, "/data/note").await, "last");
+
+    for name in ["again", "fork"] {
+        stage.ns.delete(name, SOON).await;
+    }
+    for snapshot in stage.ns.snapshots().list(&ListParams::default()).await.unwrap().items {
+        let _ = stage.ns.snapshots().delete(&snapshot.name_any(), &DeleteParams::default()).await;
+        stage.ns.no_snapshot(&snapshot.name_any()).await;
+    }
+    wait_for("nothing left of them", SOON, || async {
+        let left = stage.leaks_on("native").await;
+        if left == before { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+}
+
+impl Stage {
+    /// Active layers and versions of a snapshotter, once no bot is there; image layers stay.
+    async fn leaks_on(&self, snapshotter: &str) -> Vec<String> {
+        let list = self.agent.ctr(["snapshots", "--snapshotter", snapshotter, "list"]);
+        let names = list.lines().skip(1).filter_map(|line| line.split_whitespace().next());
+        let mut left: Vec<String> = names.filter(|name| !name.starts_with("sha256:")).map(str::to_owned).collect();
+        left.sort();
+        left
+    }
+}

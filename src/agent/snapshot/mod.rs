@@ -41,7 +41,8 @@ use containerd_client::services::v1::snapshots::Info as SnapshotInfo;
 use super::desired::{Keep, Rollback, desired};
 use super::failpoint::{Effect, around};
 use super::labels;
-use super::observe::{Observed, Task};
+use super::observe::{Layer, Observed, Task};
+use super::record::Record;
 use super::run::{Nudge, Shared, Trigger, instant, jittered};
 use super::version::{Exported, Taken, Version, VersionError, intact};
 
@@ -253,7 +254,8 @@ impl Taker {
             let Some(snapshot) = self.current() else { return Pass::Over };
             let Some(mut wanted) = Wanted::of(&snapshot) else { return Pass::Wait(None) };
             // It would be the same again.
-            wanted.export &= !matches!(self.not_exported, Some((Reason::ExportUnsupported, _)));
+            wanted.export &=
+                !matches!(self.not_exported, Some((Reason::ExportUnsupported | Reason::SnapshotsUnsupported, _)));
             // A bot that is not seen yet is not gone. Everybody is woken once all are seen.
             if !self.shared.listed.both() {
                 return Pass::Wait(None);
@@ -529,10 +531,14 @@ impl Taker {
         let copy_key = labels::copy(&self.uid);
         versions.make_folder(&self.uid)?;
         versions.remove(snapshotter, &copy_key).await?;
-        let source = versions.active_dirs(snapshotter, &layer.key).await?;
+        let source = versions.active_dirs(snapshotter, &layer.key).await;
         let prepare =
             versions.prepare(snapshotter, &copy_key, &layer.parent, wanted.version.labels(&layer.image, &layer.digest));
         around(Effect::SnapshotPrepare, prepare).await?;
+        let source = match source {
+            Err(VersionError::NoDirectory { .. }) => return self.take_by_diff(wanted, record, layer, quit).await,
+            found => found?,
+        };
         let dest = versions.active_dirs(snapshotter, &copy_key).await?;
         let job = Job::Take {
             source: source.own,
@@ -564,14 +570,14 @@ impl Taker {
                             }
                             tracing::info!(snapshot = %self.name, namespace = %self.namespace, frozen_millis, "taken");
                         }
-                        Said::TooMuch { .. } | Said::Precopied { .. } => drop(inside),
+                        Said::TooMuch { .. } | Said::Precopied { .. } | Said::Still => drop(inside),
                         Said::Done(summary) => break summary,
                         Said::Failed(failure) => return Err(VersionError::Failed(failure).into()),
                     }
                 }
                 Said::Done(summary) => break summary,
                 Said::Failed(failure) => return Err(VersionError::Failed(failure).into()),
-                Said::Taken { .. } | Said::TooMuch { .. } => {}
+                Said::Taken { .. } | Said::TooMuch { .. } | Said::Still => {}
             }
         };
         let (taken_at, frozen_millis, state) =
@@ -585,17 +591,90 @@ impl Taker {
             snapshotter: snapshotter.clone(),
             image: layer.image.clone(),
             digest: layer.digest.clone(),
-            size_bytes: Some(summary.size_bytes),
-            files: Some(summary.files),
-            changes: summary.changes,
+            size_bytes: None,
+            files: None,
+            changes: None,
             exported: None,
+            by_diff: false,
         };
-        versions.note(&self.uid, &taken)?;
-        let (name, labels) = (wanted.version.runtime_name(), wanted.version.labels(&layer.image, &layer.digest));
-        around(Effect::SnapshotHold, versions.hold(&name, &layer.digest)).await?;
-        let commit = versions.commit(snapshotter, &copy_key, &name, labels);
-        around(Effect::SnapshotCommit, commit).await?;
-        Ok(())
+        self.commit(&taken.described(summary)).await
+    }
+
+    /// Commits the copy that was taken.
+    async fn commit(&self, taken: &Taken) -> Result<(), StepFailed> {
+        let versions = &self.shared.actor.versions;
+        versions.note(&self.uid, taken)?;
+        let (name, copy_key) = (taken.version.runtime_name(), labels::copy(&self.uid));
+        let labels = taken.version.labels(&taken.image, &taken.digest);
+        around(Effect::SnapshotHold, versions.hold(&name, &taken.digest)).await?;
+        let commit = versions.commit(&taken.snapshotter, &copy_key, &name, labels);
+        Ok(around(Effect::SnapshotCommit, commit).await?)
+    }
+
+    /// The same where the layer has no directory that could be copied ahead: containerd makes its diff under the freeze.
+    async fn take_by_diff(
+        &self,
+        wanted: &Wanted,
+        record: &Record,
+        layer: &Layer,
+        quit: &CancellationToken,
+    ) -> Result<(), StepFailed> {
+        const ODD: StepFailed = StepFailed::Changed("the copier did something else");
+        let (shared, versions, snapshotter) = (&self.shared, &self.shared.actor.versions, &record.snapshotter);
+        let (copy_key, id) = (labels::copy(&self.uid), wanted.bot.container_id());
+        let job = Job::Still {
+            cgroup: shared.cgroups.freezers(&id),
+            debt: shared.snapshots.debts.join(id.as_str()),
+            max_freeze_millis: wanted.max_freeze_millis,
+        };
+        let mut freezer = around(Effect::SnapshotCopy, versions.copiers().start(&job)).await?;
+        let Said::Precopied { .. } = unless(quit, freezer.next()).await?? else { return Err(ODD) };
+        let mut held = None;
+        let (inside, hold, state) = self.still(wanted, &layer.key, &mut held, quit).await?;
+        let mounts = versions.mounts(snapshotter, &layer.key).await?;
+        let diff = |longest| versions.diff(snapshotter, &layer.parent, mounts, &copy_key, longest);
+        let (taken_at, frozen_millis, diff) = match hold {
+            Hold::Held => (Timestamp::now(), 0, diff(None).await?),
+            Hold::Freeze => {
+                around(Effect::SnapshotFreeze, freezer.go(hold)).await?;
+                match freezer.next().await? {
+                    Said::Still => {}
+                    Said::Failed(failure) => return Err(VersionError::Failed(failure).into()),
+                    _ => return Err(ODD),
+                }
+                let diff = diff(Some(Duration::from_millis(wanted.max_freeze_millis))).await;
+                // Whatever came of it: the bot is thawed, or was when it had been frozen for long enough, which the copier says, being
+                // at its end then.
+                let _ = freezer.go(hold).await;
+                match freezer.next().await? {
+                    Said::Taken { at, frozen_millis } => (at, frozen_millis, diff?),
+                    Said::Failed(failure) => return Err(VersionError::Failed(failure).into()),
+                    _ => return Err(ODD),
+                }
+            }
+        };
+        drop(inside);
+        if held.take().is_some() {
+            shared.nudge(Nudge::Bot(wanted.bot.clone())).await;
+        }
+        tracing::info!(snapshot = %self.name, namespace = %self.namespace, frozen_millis, "taken by containerd's diff");
+        unless(quit, versions.apply(snapshotter, &copy_key, diff)).await??;
+        let taken = Taken {
+            version: wanted.version.clone(),
+            taken_at,
+            frozen_millis,
+            taken: state,
+            parent: layer.parent.clone(),
+            snapshotter: snapshotter.clone(),
+            image: layer.image.clone(),
+            digest: layer.digest.clone(),
+            size_bytes: None,
+            files: None,
+            changes: None,
+            exported: None,
+            by_diff: true,
+        };
+        self.commit(&taken).await
     }
 
     /// Waits until the bot may be held still, and stays inside its gate.
@@ -662,12 +741,10 @@ impl Taker {
         let name = wanted.version.runtime_name();
         let info =
             versions.stat(&snapshotter, &name).await?.ok_or_else(|| VersionError::Missing { name: name.clone() })?;
-        let dirs = versions.committed_dirs(&snapshotter, &name).await?;
         let _turn = unless(quit, self.shared.snapshots.copies.acquire()).await?;
         versions.make_folder(&self.uid)?;
-        let manifest = versions.manifest(&self.uid);
-        let job = Job::Describe { source: dirs.own, manifest, before: self.before(wanted), lower: dirs.lower };
-        let summary = unless(quit, versions.run(&job)).await??;
+        let describe = versions.describe(&snapshotter, &name, &self.uid, self.before(wanted));
+        let summary = unless(quit, describe).await??;
         let noted = versions.taken(&self.uid).unwrap_or_else(|| self.found(wanted, &info, &snapshotter));
         versions.note(&self.uid, &noted.described(summary))?;
         Ok(())
@@ -677,10 +754,12 @@ impl Taker {
     async fn verify(&self, wanted: &Wanted, quit: &CancellationToken) -> Result<(), StepFailed> {
         let versions = &self.shared.actor.versions;
         let name = wanted.version.runtime_name();
-        let dirs = versions.committed_dirs(&self.snapshotter(None), &name).await?;
         let _turn = unless(quit, self.shared.snapshots.copies.acquire()).await?;
-        let job = Job::Verify { source: dirs.own, manifest: versions.manifest(&self.uid) };
+        let opened = versions.open_committed(&self.snapshotter(None), &name).await?;
+        let (source, manifest) = (opened.dirs.own.clone(), versions.manifest(&self.uid));
+        let job = Job::Verify { source, manifest, unpacked: false };
         let summary = unless(quit, versions.run(&job)).await??;
+        versions.close(opened).await?;
         intact(&name, &summary)?;
         Ok(())
     }
@@ -696,7 +775,13 @@ impl Taker {
         let _turn = unless(quit, self.shared.snapshots.copies.acquire()).await?;
         versions.hold(&name, &taken.digest).await?;
         let base = images.base(&lease, &taken.image, &taken.digest).await?;
-        let source = versions.committed_dirs(&taken.snapshotter, &name).await?.own;
+        let opened = versions.open_committed(&taken.snapshotter, &name).await?;
+        if opened.is_whole() {
+            versions.close(opened).await?;
+            let snapshotter = taken.snapshotter;
+            return Err(VersionError::NoDirectory { snapshotter }.into());
+        }
+        let source = opened.dirs.own;
         let tar = |from| Job::Tar { source: source.clone(), manifest: versions.manifest(&self.uid), from };
         let written = unless(quit, versions.run(&tar(None))).await??.tar.ok_or_else(missing)?;
         let layer = LayerBlob::tar(&written.digest, written.size).ok_or_else(missing)?;
@@ -721,10 +806,7 @@ impl Taker {
         // What it is, before it is copied: the copy is compared with that.
         if !versions.manifest(left).exists() {
             versions.make_folder(left)?;
-            let dirs = versions.committed_dirs(&snapshotter, &orphan).await?;
-            let manifest = versions.manifest(left);
-            let job = Job::Describe { source: dirs.own, manifest, before: None, lower: dirs.lower };
-            let summary = unless(quit, versions.run(&job)).await??;
+            let summary = unless(quit, versions.describe(&snapshotter, &orphan, left, None)).await??;
             let noted = versions.taken(left).unwrap_or_else(|| self.found(wanted, &info, &snapshotter));
             versions.note(left, &noted.described(summary))?;
         }
@@ -766,6 +848,7 @@ impl Taker {
             files: None,
             changes: None,
             exported: None,
+            by_diff: false,
         }
     }
 

@@ -37,7 +37,7 @@ impl Verdict {
         let said = |type_| find(&live.conditions, type_);
         let reason = said(ConditionType::Ready).and_then(|c| Reason::parse(&c.reason)).unwrap_or(Reason::SnapshotReady);
         let message = said(ConditionType::Ready).map(|c| c.message.clone()).unwrap_or_default();
-        let verified = said(ConditionType::Verified).map(|c| c.status == "True");
+        let verified = said(ConditionType::Verified).map(|c| c.status != "False");
         Self { verified, ..Self::new(live.phase.unwrap_or_default(), reason, message) }
     }
 
@@ -90,6 +90,13 @@ pub fn report(
     };
     say(ConditionType::Ready, Some(ready), verdict.reason, &verdict.message);
     match verdict.verified {
+        Some(true) if taken.is_some_and(|taken| taken.by_diff) => say(
+            ConditionType::Verified,
+            None,
+            Reason::MadeByDiff,
+            "containerd's own diff made it, for the snapshotter has no directory of a layer's own; it was read back, but could not be \
+             compared with what the bot had",
+        ),
         Some(true) => say(
             ConditionType::Verified,
             Some(true),
@@ -161,6 +168,7 @@ mod tests {
             files: Some(3),
             changes: None,
             exported: None,
+            by_diff: false,
         }
     }
 
