@@ -131,6 +131,28 @@ impl Ctr {
         futures::future::try_join_all(ends).await.map(drop)
     }
 
+    /// How long a container is paused for containerd's own diff of its layer. `fill` gets its process.
+    pub async fn frozen_diff(
+        &self,
+        id: &str,
+        fill: impl FnOnce(i32) -> anyhow::Result<()> + Send + 'static,
+    ) -> anyhow::Result<Duration> {
+        let id = id.to_owned();
+        self.job(move |place| {
+            place.run(&id)?;
+            fill(place.pid(&id)?.as_raw_nonzero().get())?;
+            let began = Instant::now();
+            place.ctr(&["tasks", "pause", &id])?;
+            let diffed = place.ctr(&["snapshots", "diff", &id]);
+            place.ctr(&["tasks", "resume", &id])?;
+            let took = began.elapsed();
+            diffed?;
+            place.end(&id)?;
+            Ok(took)
+        })
+        .await
+    }
+
     /// What the old system did for a snapshot: stop, commit the layer, prepare one on top, start. How long the container was away.
     /// `fill` gets its process, and puts into it what is to be committed.
     pub async fn old_snapshot(
@@ -162,8 +184,11 @@ impl Ctr {
     /// Removes what `hack/cluster down` does not know of: the bridge, and the parent cgroup of the containers.
     pub async fn leave(self) -> anyhow::Result<()> {
         self.job(|place| {
-            let ended = Command::new("ip").args(["link", "delete", &place.bridge]).stdin(Stdio::null()).output()?;
-            anyhow::ensure!(ended.status.success(), "ip link delete: {}", String::from_utf8_lossy(&ended.stderr));
+            // It was made with the first container, and not every group has one.
+            if Path::new("/sys/class/net").join(&place.bridge).exists() {
+                let ended = Command::new("ip").args(["link", "delete", &place.bridge]).stdin(Stdio::null()).output()?;
+                anyhow::ensure!(ended.status.success(), "ip link delete: {}", String::from_utf8_lossy(&ended.stderr));
+            }
             let mut parents = vec![PathBuf::from("/sys/fs/cgroup")];
             parents.extend(fs::read_dir("/sys/fs/cgroup")?.flatten().map(|entry| entry.path()));
             for parent in parents {

@@ -125,7 +125,7 @@ async fn main() -> anyhow::Result<()> {
     }
     let versions = Versions::new(&place.client, namespace, &place.image, &place.logs);
     if asked.has("freezes") {
-        figures.extend(versions::freeze_figures(&versions, &ctr, &place.containerd).await?);
+        figures.extend(versions::freeze_figures(&versions, &ctr).await?);
     }
     ctr.leave().await?;
     if asked.has("keeps") {

@@ -5,14 +5,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use berth::api::bot_container::{DeletionPolicy, Phase};
 use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::{BotContainer, BotContainerSpec, BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
@@ -102,6 +101,23 @@ impl Versions {
         }
     }
 
+    /// Waits until no snapshot is under way: what is made of a bot that is gone goes on after it.
+    async fn settled(&self) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            let all = self.snapshots.list(&ListParams::default()).await?.items;
+            let over = |s: &BotSnapshot| {
+                let phase = s.status.as_ref().and_then(|status| status.phase);
+                matches!(phase, Some(SnapshotPhase::Ready | SnapshotPhase::Failed))
+            };
+            if all.iter().all(over) {
+                return Ok(());
+            }
+            anyhow::ensure!(began.elapsed() < LIMIT, "a snapshot is still under way");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
     async fn forget(&self, name: &str) -> anyhow::Result<()> {
         self.snapshots.delete(name, &DeleteParams::default()).await?;
         while self.snapshots.get_metadata_opt(name).await?.is_some() {
@@ -183,7 +199,7 @@ fn p95(name: &'static str, samples: &Samples, target: f64) -> Figure {
 }
 
 /// How long snapshots freeze a bot.
-pub async fn freeze_figures(versions: &Versions, ctr: &Ctr, containerd: &str) -> anyhow::Result<Vec<Figure>> {
+pub async fn freeze_figures(versions: &Versions, ctr: &Ctr) -> anyhow::Result<Vec<Figure>> {
     let nothing = |_| Ok(());
     let one = freezes(versions, "freeze-1gib", (10_000, 107_374), 20, nothing).await?;
     let four = freezes(versions, "freeze-4gib", (10_000, 429_496), 6, nothing).await?;
@@ -201,25 +217,11 @@ pub async fn freeze_figures(versions: &Versions, ctr: &Ctr, containerd: &str) ->
     let dirty = freezes(versions, "freeze-dirty", (1_000, 1_000), 6, dirty).await?;
 
     crate::say("containerd's own diff of 1 GiB under a freeze");
-    let bot = versions.bot("diffed", DeletionPolicy::Delete).await?;
-    fill(pid(&bot)?, 10_000, 107_374)?;
-    let id = bot.status.as_ref().and_then(|s| s.container_id.clone()).context("no container")?;
-    let run = |args: &[&str]| -> anyhow::Result<()> {
-        let mut command = Command::new("ctr");
-        command.args(["--address", containerd, "--namespace", "berth"]).args(args).stdout(std::process::Stdio::null());
-        anyhow::ensure!(command.status()?.success(), "ctr {args:?} failed");
-        Ok(())
-    };
-    let began = Instant::now();
-    run(&["tasks", "pause", &id])?;
-    let diffed = run(&["snapshots", "diff", &format!("{id}.1")]);
-    run(&["tasks", "resume", &id])?;
-    let diff = began.elapsed().as_secs_f64() * 1e3;
-    diffed?;
-    versions.gone("diffed").await?;
+    let filled = |pid: i32| fill(i64::from(pid), 10_000, 107_374);
+    let diff = ctr.frozen_diff("diffed", filled).await?.as_secs_f64() * 1e3;
 
     crate::say("stop, commit, start, as the old system did, with 1 GiB");
-    let old = ctr.old_snapshot("old-system", |pid| fill(i64::from(pid), 10_000, 107_374)).await?.as_secs_f64() * 1e3;
+    let old = ctr.old_snapshot("old-system", filled).await?.as_secs_f64() * 1e3;
     Ok(vec![
         p95("freeze_p95_1gib", &one, 60.0)
             .note(format!("10,000 files; containerd's own diff under a freeze took {diff:.0} ms, once")),
@@ -263,6 +265,7 @@ pub async fn keep_figures(versions: &Versions) -> anyhow::Result<Vec<Figure>> {
         let bot = versions.bot(&name, DeletionPolicy::Retain).await?;
         fill(pid(&bot)?, 1_000, 107_374)?;
         kept.push(versions.gone(&name).await?.as_secs_f64() * 1e3);
+        versions.settled().await?;
     }
     Ok(vec![
         Figure::median("rollback_downtime", "ms", Better::Lower, &Samples::new(rolled)?)

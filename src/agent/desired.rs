@@ -14,6 +14,7 @@ use crate::api::{BotContainer, BotSnapshot, BotSnapshotStatus};
 use crate::image::Reference;
 
 use super::cost;
+use super::labels;
 use super::skills::{self, Skills};
 use super::version::Version;
 
@@ -32,6 +33,8 @@ pub struct Desired {
     pub bot_id: String,
     /// Snapshotter of the layer.
     pub snapshotter: String,
+    /// Key of the layer, as status has it: where no container tells.
+    pub layer: Option<String>,
     /// The rollback that is asked for, if one is.
     pub rollback: Option<Rollback>,
     /// The snapshots that were made before this bot moved to another image.
@@ -227,7 +230,22 @@ pub fn desired(
     let orphan = status.is_some_and(|status| status.orphaned == Some(true)).then(orphan);
     let preserve = of_bot.automatic(&name, &uid, SnapshotSource::Preserved, "").or(orphan).filter(|_| preserved);
     let id = uid.container_id();
-    Ok(Desired { id, uid, namespace, name, bot_id, snapshotter, rollback, before_image, restore, preserve, goal })
+    let active = status.and_then(|status| status.lineage.last()).filter(|entry| entry.kind == "Active");
+    let layer = active.map(|entry| entry.name.clone()).filter(|name| labels::layer_number(&id, name).is_some());
+    Ok(Desired {
+        id,
+        uid,
+        namespace,
+        name,
+        bot_id,
+        snapshotter,
+        layer,
+        rollback,
+        before_image,
+        restore,
+        preserve,
+        goal,
+    })
 }
 
 /// The versions of one bot on this node.

@@ -97,6 +97,11 @@ impl Versions {
         self.apply(snapshotter, key, diff?).await
     }
 
+    /// Removes what a diff of that key left that was cut off.
+    pub async fn undo_diff(&self, snapshotter: &str, key: &str) -> Result<(), CallFailed> {
+        self.remove(snapshotter, &format!("{key}.below")).await
+    }
+
     async fn drop_lease(&self, lease: &LeaseId) -> Result<(), CallFailed> {
         let request = DeleteLeaseRequest { id: lease.as_str().to_owned(), sync: true };
         let deleted = self.containerd.leases().delete(self.containerd.request(request)).await;

@@ -182,11 +182,17 @@ impl Observer {
         Self { containerd, network, output, cgroups, shims, files_dir }
     }
 
-    /// What is there of one bot now. `snapshotter` is where its layer is looked for while no container tells.
-    pub async fn observe(&self, uid: &BotUid, snapshotter: &str) -> Result<Observed, ObserveFailed> {
+    /// What is there of one bot now. `snapshotter` is where its layer is looked for while no container tells, `told` its key then, as
+    /// the bot's status has it: after a rollback it is not the first one any more.
+    pub async fn observe(
+        &self,
+        uid: &BotUid,
+        snapshotter: &str,
+        told: Option<&str>,
+    ) -> Result<Observed, ObserveFailed> {
         let id = uid.container_id();
-        let first = labels::first_layer(&id);
-        // Asked side by side: the layer is most often the first one, so it is not waited for until the record tells.
+        let first = told.map_or_else(|| labels::first_layer(&id), str::to_owned);
+        // Asked side by side: the layer is most often that one, so it is not waited for until the record tells.
         let (container, task, layer, network, output) = tokio::join!(
             self.container(uid, &id),
             self.task(&id),

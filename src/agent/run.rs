@@ -376,7 +376,12 @@ impl BotLoop {
                 }
             };
             let looked = Instant::now();
-            let observed = match self.shared.observer.observe(&self.bot.uid, &desired.snapshotter).await {
+            let observed = match self
+                .shared
+                .observer
+                .observe(&self.bot.uid, &desired.snapshotter, desired.layer.as_deref())
+                .await
+            {
                 Ok(observed) => {
                     tracing::trace!(bot = %self.bot.name, took = ?looked.elapsed(), "observed");
                     observed

@@ -259,6 +259,7 @@ impl Orphan {
             name: owner.name.clone(),
             bot_id: String::new(),
             snapshotter: owner.snapshotter.clone().unwrap_or_else(|| shared.default_snapshotter.clone()),
+            layer: None,
             rollback: None,
             before_image: Vec::new(),
             restore: None,
@@ -268,7 +269,7 @@ impl Orphan {
         let deadline = Instant::now() + GRACE * 3 + LEFTOVERS * 3;
         let mut patience = Patience::default();
         while Instant::now() < deadline {
-            let observed = shared.observer.observe(uid, &desired.snapshotter).await.map_err(|e| chain(&e))?;
+            let observed = shared.observer.observe(uid, &desired.snapshotter, None).await.map_err(|e| chain(&e))?;
             if let Some(record) = observed.record() {
                 desired.namespace.clone_from(&record.namespace);
                 desired.name.clone_from(&record.name);

@@ -37,6 +37,7 @@ use crate::containerd::{CallContext as _, CallFailed, Containerd};
 use crate::layer::{CopierError, Copiers, Failure, FailureKind, Job, Said, Summary};
 
 use super::labels;
+use super::observe::Layer;
 use super::root::{self, MountFailed};
 
 /// Longest that a commit may take: containerd counts what is in the layer meanwhile.
@@ -122,6 +123,32 @@ pub struct Taken {
 }
 
 impl Taken {
+    /// Of a bot's layer, before anything is known of what is in it.
+    pub fn of(
+        version: &Version,
+        snapshotter: &str,
+        layer: &Layer,
+        taken_at: Timestamp,
+        frozen_millis: u64,
+        taken: TakenState,
+    ) -> Self {
+        Self {
+            version: version.clone(),
+            taken_at,
+            frozen_millis,
+            taken,
+            parent: layer.parent.clone(),
+            snapshotter: snapshotter.to_owned(),
+            image: layer.image.clone(),
+            digest: layer.digest.clone(),
+            size_bytes: None,
+            files: None,
+            changes: None,
+            exported: None,
+            by_diff: false,
+        }
+    }
+
     /// The same, once its layer was read.
     pub fn described(self, summary: Summary) -> Self {
         Self { size_bytes: Some(summary.size_bytes), files: Some(summary.files), changes: summary.changes, ..self }

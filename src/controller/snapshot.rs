@@ -208,9 +208,6 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
     {
         return Plan::Rest;
     }
-    if adopts.is_some() {
-        return Plan::Adopt;
-    }
     let created = snapshot.creation_timestamp().map_or(now, |at| at.0);
     let until = created
         .saturating_add(std::time::Duration::from_secs(snapshot.spec.failure_deadline_seconds.max(0).unsigned_abs()));
@@ -244,6 +241,9 @@ pub fn decide(view: &View<'_>, now: Timestamp) -> Plan {
             Some((_, why)) => wait(Reason::NodeUnreachable, why.clone()),
             None => Plan::Rest,
         };
+    }
+    if adopts.is_some() {
+        return Plan::Adopt;
     }
     let Some(bot) = bot else {
         return wait(Reason::BotNotFound, format!("there is no BotContainer {name} in this namespace"));

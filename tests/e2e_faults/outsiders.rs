@@ -3,8 +3,10 @@
 use std::process::Command;
 use std::time::Duration;
 
-use berth::api::BotContainer;
 use berth::api::bot_container::{Phase, RestartPolicy};
+use berth::api::bot_snapshot::SnapshotPhase;
+use berth::api::{BotContainer, BotSnapshot, BotSnapshotSpec};
+use kube::api::{DeleteParams, PostParams};
 
 use berth::api::condition::{ConditionType, Reason, find};
 use berth::containerd::Containerd;
@@ -93,6 +95,31 @@ async fn a_container_removed_by_hand_is_made_anew_on_its_layer() {
     collect(&scene);
     scene.apply(counting("web")).await;
     scene.again("web", &bot, 2).await;
+    scene.end().await;
+}
+
+/// Harm done: the bot's layer was looked for under the name of its first one, and it began anew on its image.
+#[tokio::test]
+async fn a_container_removed_by_hand_after_a_rollback_is_made_anew_on_the_layer_in_use() {
+    let scene = Scene::new("containerrm2").await;
+    let bot = scene.running("web").await;
+    let snapshots = scene.ns.snapshots();
+    snapshots.create(&PostParams::default(), &BotSnapshot::new("v", BotSnapshotSpec::of("web"))).await.unwrap();
+    scene.ns.snapshot("v", SnapshotPhase::Ready).await;
+    let back = serde_json::json!({"id": "back", "snapshotName": "v", "keepReplaced": false});
+    let rolled = || counting("web").with(|spec| spec.rollback = Some(serde_json::from_value(back.clone()).unwrap()));
+    scene.apply(rolled()).await;
+    scene.ns.until("web", "rolled back", SOON, |bot| bot.status.as_ref().is_some_and(|s| s.rollback.is_some())).await;
+    // The start that the version holds, and the one after going back to it.
+    scene.again("web", &bot, 2).await;
+    scene.apply(rolled().stopped()).await;
+    scene.phase("web", Phase::Stopped).await;
+    scene.agent.ctr(["containers", "delete", "--keep-snapshot", &id(&bot)]);
+    collect(&scene);
+    scene.apply(rolled()).await;
+    scene.again("web", &bot, 3).await;
+    snapshots.delete("v", &DeleteParams::default()).await.unwrap();
+    scene.ns.no_snapshot("v").await;
     scene.end().await;
 }
 

@@ -388,7 +388,7 @@ impl Taker {
         let versions = &self.shared.actor.versions;
         let object = self.shared.bots.find(|bot| bot.metadata.uid.as_deref() == Some(wanted.bot.as_str()));
         let observed = match object.is_some() {
-            true => Some(self.shared.observer.observe(&wanted.bot, &self.shared.default_snapshotter).await?),
+            true => Some(self.shared.observer.observe(&wanted.bot, &self.shared.default_snapshotter, None).await?),
             false => None,
         };
         let snapshotter = self.snapshotter(observed.as_ref());
@@ -582,21 +582,7 @@ impl Taker {
         };
         let (taken_at, frozen_millis, state) =
             instant_taken.ok_or(StepFailed::Changed("the copier ended before it took anything"))?;
-        let taken = Taken {
-            version: wanted.version.clone(),
-            taken_at,
-            frozen_millis,
-            taken: state,
-            parent: layer.parent.clone(),
-            snapshotter: snapshotter.clone(),
-            image: layer.image.clone(),
-            digest: layer.digest.clone(),
-            size_bytes: None,
-            files: None,
-            changes: None,
-            exported: None,
-            by_diff: false,
-        };
+        let taken = Taken::of(&wanted.version, snapshotter, layer, taken_at, frozen_millis, state);
         self.commit(&taken.described(summary)).await
     }
 
@@ -634,7 +620,7 @@ impl Taker {
         let mounts = versions.mounts(snapshotter, &layer.key).await?;
         let diff = |longest| versions.diff(snapshotter, &layer.parent, mounts, &copy_key, longest);
         let (taken_at, frozen_millis, diff) = match hold {
-            Hold::Held => (Timestamp::now(), 0, diff(None).await?),
+            Hold::Held => (Timestamp::now(), 0, unless(quit, diff(None)).await??),
             Hold::Freeze => {
                 around(Effect::SnapshotFreeze, freezer.go(hold)).await?;
                 match freezer.next().await? {
@@ -659,22 +645,8 @@ impl Taker {
         }
         tracing::info!(snapshot = %self.name, namespace = %self.namespace, frozen_millis, "taken by containerd's diff");
         unless(quit, versions.apply(snapshotter, &copy_key, diff)).await??;
-        let taken = Taken {
-            version: wanted.version.clone(),
-            taken_at,
-            frozen_millis,
-            taken: state,
-            parent: layer.parent.clone(),
-            snapshotter: snapshotter.clone(),
-            image: layer.image.clone(),
-            digest: layer.digest.clone(),
-            size_bytes: None,
-            files: None,
-            changes: None,
-            exported: None,
-            by_diff: true,
-        };
-        self.commit(&taken).await
+        let taken = Taken::of(&wanted.version, snapshotter, layer, taken_at, frozen_millis, state);
+        self.commit(&Taken { by_diff: true, ..taken }).await
     }
 
     /// Waits until the bot may be held still, and stays inside its gate.
@@ -688,7 +660,7 @@ impl Taker {
         let shared = &self.shared;
         loop {
             let inside = unless(quit, shared.gates.enter(&wanted.bot)).await?;
-            let observed = shared.observer.observe(&wanted.bot, &shared.default_snapshotter).await?;
+            let observed = shared.observer.observe(&wanted.bot, &shared.default_snapshotter, None).await?;
             if observed.layer.as_ref().is_none_or(|now| now.key != layer) || observed.record().is_none() {
                 return Err(StepFailed::Changed("the bot's layer was replaced while it was copied"));
             }
@@ -861,6 +833,7 @@ impl Taker {
         let versions = &self.shared.actor.versions;
         let snapshotter = self.snapshotter(observed);
         let (name, copy) = (labels::version(&self.uid), labels::copy(&self.uid));
+        versions.undo_diff(&snapshotter, &copy).await?;
         around(Effect::SnapshotRemoveCopy, versions.remove(&snapshotter, &copy)).await?;
         if !around(Effect::SnapshotRemove, versions.release(&snapshotter, &name)).await? {
             tracing::info!(snapshot = %self.name, namespace = %self.namespace, "its bytes go with the last fork that stands on it");

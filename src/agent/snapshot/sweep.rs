@@ -3,14 +3,15 @@
 //! ```text
 //! released (its object is gone, forks stood on it), and nothing stands on it any more    -> removed
 //! left by a bot of a namespace that was deleted, and its time is over                  -> removed; told until then
+//! a view of a look that was cut off, and never done again                             -> removed after hours
 //! no loop, not on a complete list that is younger, not found by its name; a grace time on -> removed as a deleted one is
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::time::Duration;
 
-use containerd_client::services::v1::snapshots::Info;
-use jiff::Timestamp;
+use containerd_client::services::v1::snapshots::{Info, Kind};
+use jiff::{SignedDuration, Timestamp};
 use kube::api::ListParams;
 use kube::{Api, Client};
 use tokio::sync::watch;
@@ -47,8 +48,19 @@ struct Stray {
     layers: Vec<(String, String)>,
 }
 
+/// Longer than any look takes.
+const STALE: SignedDuration = SignedDuration::from_hours(3);
+
 /// As many orphans as a BotNode tells.
 const TOLD: usize = 256;
+
+/// Whether a view is of a look that nobody can be at any more: it is made for hours at most, and removed by the same look done again.
+fn is_stale_view(info: &Info, now: Timestamp) -> bool {
+    let made = info.created_at.as_ref().and_then(super::super::observe::timestamp);
+    info.kind == Kind::View as i32
+        && info.name.starts_with("berth-")
+        && made.is_some_and(|made| now.duration_since(made) > STALE)
+}
 
 /// What a version's labels say of one without an object. A time that can't be read counts as now, so that it stays.
 fn orphan(info: &Info, retention: Duration) -> OrphanedLayer {
@@ -89,6 +101,11 @@ impl VersionSweeper {
             let all = self.versions.list(snapshotter, String::new()).await?;
             let stood_on: HashSet<&str> = all.iter().map(|info| info.parent.as_str()).collect();
             for info in &all {
+                if is_stale_view(info, Timestamp::now()) {
+                    tracing::info!(name = info.name, "a look at a layer that was cut off");
+                    self.versions.remove(snapshotter, &info.name).await?;
+                    continue;
+                }
                 let Some(uid) = info.labels.get(labels::SNAPSHOT_UID) else { continue };
                 if info.name != labels::version(uid) && info.name != labels::copy(uid) {
                     continue;
