@@ -284,9 +284,14 @@ async fn a_quiet_bot_loses_nothing_when_its_drainer_is_killed() {
     for number in 0..20 {
         // A pair that is still being made answers no flush, and what its drainer has read by then dies with it.
         scene.wait_for_pair().await;
-        // All that was written before is in the log, so nothing is in anyone's buffer.
         pipe.write_all(format!("line {number:010}\n").as_bytes()).unwrap();
-        scene.output().last_output(&bot.owner, 10).unwrap();
+        // In nobody's buffer any more. To ask for the last output flushes it, unless the machine is too busy to do that in time.
+        wait_for("the line in the log", || {
+            scene.output().last_output(&bot.owner, 10).unwrap();
+            let lines = numbers(&scene.log(&bot)).len();
+            if lines == number + 1 { Ok(()) } else { Err(format!("{lines} lines")) }
+        })
+        .await;
         kill(scene.wait_for_pair().await.0);
     }
     scene.wait_for_pair().await;
