@@ -137,18 +137,31 @@ impl Ctr {
         id: &str,
         fill: impl FnOnce(i32) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Duration> {
+        self.filled(id, fill, |place, id| {
+            let began = Instant::now();
+            place.ctr(&["tasks", "pause", id])?;
+            let diffed = place.ctr(&["snapshots", "diff", id]);
+            place.ctr(&["tasks", "resume", id])?;
+            let took = began.elapsed();
+            diffed?;
+            place.end(id)?;
+            Ok(took)
+        })
+        .await
+    }
+
+    /// Runs a container, has it filled, and does with it what is measured.
+    async fn filled(
+        &self,
+        id: &str,
+        fill: impl FnOnce(i32) -> anyhow::Result<()> + Send + 'static,
+        then: impl FnOnce(&Place, &str) -> anyhow::Result<Duration> + Send + 'static,
+    ) -> anyhow::Result<Duration> {
         let id = id.to_owned();
         self.job(move |place| {
             place.run(&id)?;
             fill(place.pid(&id)?.as_raw_nonzero().get())?;
-            let began = Instant::now();
-            place.ctr(&["tasks", "pause", &id])?;
-            let diffed = place.ctr(&["snapshots", "diff", &id]);
-            place.ctr(&["tasks", "resume", &id])?;
-            let took = began.elapsed();
-            diffed?;
-            place.end(&id)?;
-            Ok(took)
+            then(place, &id)
         })
         .await
     }
@@ -160,15 +173,12 @@ impl Ctr {
         id: &str,
         fill: impl FnOnce(i32) -> anyhow::Result<()> + Send + 'static,
     ) -> anyhow::Result<Duration> {
-        let id = id.to_owned();
-        self.job(move |place| {
-            place.run(&id)?;
-            fill(place.pid(&id)?.as_raw_nonzero().get())?;
+        self.filled(id, fill, |place, id| {
             let began = Instant::now();
-            place.end_task(&id)?;
-            place.ctr(&["snapshots", "commit", &format!("{id}-version"), &id])?;
+            place.end_task(id)?;
+            place.ctr(&["snapshots", "commit", &format!("{id}-version"), id])?;
             place.ctr(&["snapshots", "prepare", &format!("{id}-next"), &format!("{id}-version")])?;
-            place.ctr(&["containers", "delete", "--keep-snapshot", &id])?;
+            place.ctr(&["containers", "delete", "--keep-snapshot", id])?;
             // It makes a layer of its own besides, which takes a millisecond. Under another name, for `ctr` gives no address back.
             let again = format!("{id}-again");
             place.run(&again)?;

@@ -15,6 +15,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::containerd::{CallContext as _, CallFailed, LeaseId};
 
+use super::labels;
 use super::version::{VersionError, Versions};
 
 /// Nothing compresses it: it is unpacked again at once.
@@ -50,7 +51,7 @@ impl Versions {
         let create = CreateLeaseRequest { id: name.clone(), labels };
         let created = self.containerd.leases().create(self.containerd.request(create)).await;
         created.call("create lease", name.clone())?;
-        let below = format!("{key}.below");
+        let below = labels::below(key);
         let left = self.view(snapshotter, &below, parent).await?;
         let request = DiffRequest {
             left,
@@ -95,11 +96,6 @@ impl Versions {
         let diff = self.diff(snapshotter, parent, mounts, key, None).await;
         self.remove(snapshotter, &above).await?;
         self.apply(snapshotter, key, diff?).await
-    }
-
-    /// Removes what a diff of that key left that was cut off.
-    pub async fn undo_diff(&self, snapshotter: &str, key: &str) -> Result<(), CallFailed> {
-        self.remove(snapshotter, &format!("{key}.below")).await
     }
 
     async fn drop_lease(&self, lease: &LeaseId) -> Result<(), CallFailed> {

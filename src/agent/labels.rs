@@ -78,3 +78,8 @@ pub fn version(snapshot_uid: &str) -> String {
 pub fn copy(snapshot_uid: &str) -> String {
     format!("{VERSION_PREFIX}{snapshot_uid}.copy")
 }
+
+/// Key of the view that a diff of a layer is made against.
+pub fn below(key: &str) -> String {
+    format!("{key}.below")
+}

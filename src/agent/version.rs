@@ -354,9 +354,9 @@ impl Versions {
         write().map_err(|source| VersionError::Files { path: path.clone(), source })
     }
 
-    /// Gives a version the manifest of another, whose contents it has, and facts of its own.
-    pub fn inherit(&self, from: &str, uid: &str, taken: &Taken) -> Result<(), VersionError> {
-        self.note(uid, taken)?;
+    /// Gives a version the manifest of another, whose contents it has.
+    pub fn inherit(&self, from: &str, uid: &str) -> Result<(), VersionError> {
+        self.make_folder(uid)?;
         let (path, new) = (self.manifest(uid), self.manifest(uid).with_extension("new"));
         let copied = fs::copy(self.manifest(from), &new).and_then(|_| {
             fs::File::open(&new)?.sync_all()?;

@@ -583,18 +583,18 @@ impl Taker {
         let (taken_at, frozen_millis, state) =
             instant_taken.ok_or(StepFailed::Changed("the copier ended before it took anything"))?;
         let taken = Taken::of(&wanted.version, snapshotter, layer, taken_at, frozen_millis, state);
-        self.commit(&taken.described(summary)).await
+        self.commit(Effect::SnapshotCommit, &taken.described(summary)).await
     }
 
     /// Commits the copy that was taken.
-    async fn commit(&self, taken: &Taken) -> Result<(), StepFailed> {
+    async fn commit(&self, effect: Effect, taken: &Taken) -> Result<(), StepFailed> {
         let versions = &self.shared.actor.versions;
         versions.note(&self.uid, taken)?;
         let (name, copy_key) = (taken.version.runtime_name(), labels::copy(&self.uid));
         let labels = taken.version.labels(&taken.image, &taken.digest);
         around(Effect::SnapshotHold, versions.hold(&name, &taken.digest)).await?;
         let commit = versions.commit(&taken.snapshotter, &copy_key, &name, labels);
-        Ok(around(Effect::SnapshotCommit, commit).await?)
+        Ok(around(effect, commit).await?)
     }
 
     /// The same where the layer has no directory that could be copied ahead: containerd makes its diff under the freeze.
@@ -646,7 +646,7 @@ impl Taker {
         tracing::info!(snapshot = %self.name, namespace = %self.namespace, frozen_millis, "taken by containerd's diff");
         unless(quit, versions.apply(snapshotter, &copy_key, diff)).await??;
         let taken = Taken::of(&wanted.version, snapshotter, layer, taken_at, frozen_millis, state);
-        self.commit(&Taken { by_diff: true, ..taken }).await
+        self.commit(Effect::SnapshotCommit, &Taken { by_diff: true, ..taken }).await
     }
 
     /// Waits until the bot may be held still, and stays inside its gate.
@@ -785,13 +785,10 @@ impl Taker {
         let taken = versions.taken(left).ok_or_else(missing)?;
         let copy_key = labels::copy(&self.uid);
         let labels = wanted.version.labels(&taken.image, &taken.digest);
-        let copy = versions.copy_out(&snapshotter, left, &copy_key, labels.clone());
+        let copy = versions.copy_out(&snapshotter, left, &copy_key, labels);
         unless(quit, around(Effect::AdoptCopy, copy)).await??;
-        versions.inherit(left, &self.uid, &Taken { version: wanted.version.clone(), ..taken.clone() })?;
-        let name = wanted.version.runtime_name();
-        versions.hold(&name, &taken.digest).await?;
-        let commit = versions.commit(&snapshotter, &copy_key, &name, labels);
-        Ok(around(Effect::AdoptCommit, commit).await?)
+        versions.inherit(left, &self.uid)?;
+        self.commit(Effect::AdoptCommit, &Taken { version: wanted.version.clone(), ..taken }).await
     }
 
     async fn drop_orphan(&self, wanted: &Wanted) -> Result<(), StepFailed> {
@@ -833,7 +830,8 @@ impl Taker {
         let versions = &self.shared.actor.versions;
         let snapshotter = self.snapshotter(observed);
         let (name, copy) = (labels::version(&self.uid), labels::copy(&self.uid));
-        versions.undo_diff(&snapshotter, &copy).await?;
+        // Of a diff that was cut off.
+        versions.remove(&snapshotter, &labels::below(&copy)).await?;
         around(Effect::SnapshotRemoveCopy, versions.remove(&snapshotter, &copy)).await?;
         if !around(Effect::SnapshotRemove, versions.release(&snapshotter, &name)).await? {
             tracing::info!(snapshot = %self.name, namespace = %self.namespace, "its bytes go with the last fork that stands on it");
