@@ -735,6 +735,13 @@ fn records_and_nodes() -> Vec<Rule> {
             .or("must not decrease: a version is given once and never reused"),
         object_name(Kind::BotRecord, "record-holder-name", "spec.holder.name", "a BotContainer"),
         object_name(Kind::BotRecord, "record-node-name", "spec.nodeName", "a node"),
+        node("node-adopt-orphan", "spec.adopt[].orphan")
+            .must(r"self.matches(r'^berth-v-[-a-z0-9]+$')")
+            .or("must be a name of status.orphans, berth-v- and an uid: `kubectl berth adopt` lists them"),
+        node("node-adopt-namespace", "spec.adopt[].namespace")
+            .must(matches(DNS_LABEL))
+            .or("must be the name of a namespace: lower case letters, digits and '-', beginning and ending with a letter or digit, at most 63"),
+        object_name(Kind::BotNode, "node-adopt-snapshot", "spec.adopt[].snapshotName", "the BotSnapshot to be made"),
         node("node-cidr", "spec.botCIDR")
             .must("isCIDR(self) && cidr(self) == cidr(self).masked() && cidr(self).prefixLength() >= 8 && cidr(self).prefixLength() <= (cidr(self).ip().family() == 4 ? 30 : 126)")
             .or("must be the first address of a block and the length of its prefix, with room for bots: 10.208.3.0/24 (/8 to /30; IPv6 /8 to /126)"),

@@ -1164,6 +1164,27 @@ fn others() -> Vec<Case> {
             .refuses(json!({"lastVersion": null}), "spec.lastVersion", "must not decrease"),
         names(record("record-holder-name"), "spec.holder.name", |n| json!({"holder": {"name": n, "uid": "u"}})),
         names(record("record-node-name"), "spec.nodeName", |n| json!({"nodeName": n})),
+        node("node-adopt-orphan")
+            .takes(json!({"adopt": [{"orphan": "berth-v-2f0d-1", "namespace": "a", "snapshotName": "s"}]}))
+            .refuses_all(
+                ["", "web", "berth-v-", "Berth-v-1", "berth-v-a/b", "berth-v-1\n"]
+                    .map(|orphan| json!({"adopt": [{"orphan": orphan, "namespace": "a", "snapshotName": "s"}]})),
+                "spec.adopt[0].orphan",
+                "must be a name of status.orphans",
+            ),
+        node("node-adopt-namespace")
+            .takes(json!({"adopt": [{"orphan": "berth-v-1", "namespace": "team-a", "snapshotName": "s"}]}))
+            .refuses_all(
+                ["", "Team", "team_a", "team.a", "-team", "team\n"]
+                    .map(|name| json!({"adopt": [{"orphan": "berth-v-1", "namespace": name, "snapshotName": "s"}]})),
+                "spec.adopt[0].namespace",
+                "must be the name of a namespace",
+            ),
+        names(
+            node("node-adopt-snapshot"),
+            "spec.adopt[0].snapshotName",
+            |n| json!({"adopt": [{"orphan": "berth-v-1", "namespace": "a", "snapshotName": n}]}),
+        ),
         node("node-cidr")
             .takes_all(["10.208.3.0/24", "10.0.0.0/8", "192.0.2.4/30", "fd00:1::/64"].map(|c| json!({"botCIDR": c})))
             .refuses_all(
