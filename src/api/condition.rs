@@ -139,7 +139,7 @@ reasons! {
     SnapshotFailed => "The version could not be made; the message says why. Take another.",
     SnapshotLost => "What the version is made of is gone from containerd; delete the BotSnapshot.",
     NamespaceTerminating => "The namespace is being deleted, so no BotSnapshot can be made of what the bot left: it stays on its node for --orphan-retention. `kubectl berth adopt` lists it, and makes a version of it in another namespace.",
-    AdoptionFailed => "What spec.adopt names can't become a version; the message says why. It is tried again, until that entry is taken out.",
+    AdoptionFailed => "What spec.adopt names can't become a version; the message says why. It is tried again while the layer is there.",
     Thawed => "A bot that a snapshot had frozen was thawed, since its copier had been killed.",
     TooManyChanges => "The bot changes faster than it can be copied; raise spec.maxFreezeMillis in another BotSnapshot, or use consistency Stopped.",
     DeadlineExceeded => "It could not be finished within spec.failureDeadlineSeconds; the message says what it waited for.",

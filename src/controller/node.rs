@@ -229,6 +229,15 @@ async fn adopt(context: &Context, bot_node: &BotNode) -> Result<(), Error> {
     if done.is_empty() {
         return failed;
     }
+    for Adoption { namespace, snapshot_name, orphan } in &done {
+        let name = Name { namespace: namespace.clone(), name: snapshot_name.clone() };
+        if !context.world().has_snapshot(&name) {
+            let note =
+                format!("{orphan} is not in status.orphans, so BotSnapshot {name} is not made; the entry is taken out");
+            let (reason, once) = (Reason::AdoptionFailed, name.to_string());
+            context.events.send(Note::warning(bot_node.object_ref(&()), reason, "Adopt", note, once));
+        }
+    }
     let api: Api<BotNode> = Api::all(context.client.clone());
     let (name, object) = (bot_node.name_any(), format!("BotNode {}", bot_node.name_any()));
     let metadata = json!({"uid": bot_node.uid(), "resourceVersion": bot_node.resource_version()});

@@ -37,6 +37,7 @@ use super::event::Note;
 use super::node::NodeState;
 use super::record::{Hold, bot_id};
 use super::schedule::Schedule;
+use super::world::SeenSnapshot;
 use super::{Context, Name, Next, describe, finalizer};
 
 /// Annotation of a BotSnapshot that the controller made: what of, in words that tell it from others of its source.
@@ -357,15 +358,10 @@ pub fn newest<'a>(snapshots: impl IntoIterator<Item = &'a BotSnapshot>) -> Resto
 /// Fetch, plan, apply.
 pub async fn reconcile(context: &Context, name: &Name) -> Result<Next, Error> {
     let now = Timestamp::now();
-    let (snapshot, bot, record, adopts, plan) = {
-        let mut world = context.world();
-        let Some(seen) = world.snapshot_view(name, std::time::Instant::now()) else { return Ok(Next::Done) };
-        let adopts = world.adopted(name);
-        let (bot, adopts_) = (seen.bot.as_deref(), adopts.as_ref());
-        let view = View { snapshot: &seen.snapshot, bot, hold: seen.hold, node: seen.node, adopts: adopts_ };
-        let plan = decide(&view, now);
-        (seen.snapshot.clone(), seen.bot.clone(), seen.record, adopts, plan)
-    };
+    let Some(seen) = context.world().snapshot_view(name, std::time::Instant::now()) else { return Ok(Next::Done) };
+    let SeenSnapshot { snapshot, bot, record, hold, node, adopts } = seen;
+    let view = View { snapshot: &snapshot, bot: bot.as_deref(), hold, node, adopts: adopts.as_ref() };
+    let plan = decide(&view, now);
     tracing::debug!(?plan, "decided");
     match plan {
         Plan::Rest => Ok(Next::Resync),

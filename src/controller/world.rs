@@ -93,8 +93,10 @@ pub struct SeenSnapshot {
     pub record: Option<Arc<BotRecord>>,
     /// How the bot stands to that.
     pub hold: Option<Hold>,
-    /// How it is with the snapshot's node, if it has one.
+    /// How it is with the snapshot's node, if it has one; else with that of the bot.
     pub node: Option<NodeState>,
+    /// What a bot left without an object, where this is to be made of that.
+    pub adopts: Option<Adopted>,
 }
 
 fn name_of(object: &impl ResourceExt) -> Name {
@@ -268,7 +270,7 @@ impl World {
         let record = id.and_then(|id| self.records.get(&id).cloned());
         let node = snapshot.status.as_ref().and_then(|s| s.node_name.as_deref());
         let node = node.or_else(|| bot.as_deref().and_then(bound_to)).map(|node| self.state(node, now));
-        Some(SeenSnapshot { snapshot, bot, record, hold, node })
+        Some(SeenSnapshot { snapshot, bot, record, hold, node, adopts: self.adopted(name) })
     }
 
     /// The node for a bot, or why none fits. A node decided on before is kept if it still fits.

@@ -563,6 +563,19 @@ impl Stage {
         .await
     }
 
+    /// Waits for an Event on the BotNode with these words.
+    async fn node_event(&self, reason: &str, words: &str) {
+        let events: Api<Event> = Api::namespaced(self.ns.client(), "default");
+        wait_for(format!("an Event {reason} on the BotNode: {words}"), SOON, || async {
+            let all = events.list(&ListParams::default()).await.unwrap().items;
+            let is_it = |event: &Event| {
+                event.reason.as_deref() == Some(reason) && event.note.as_ref().is_some_and(|note| note.contains(words))
+            };
+            if all.iter().any(is_it) { Ok(()) } else { Err(format!("{} others", all.len())) }
+        })
+        .await;
+    }
+
     /// `kubectl berth` with the administrator's rights: whether it did what it was told, and what it said.
     fn kubectl_berth(&self, arguments: &[&str]) -> (bool, String) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-berth"));
@@ -594,16 +607,7 @@ async fn what_a_bot_keeps_outlives_its_namespace_and_is_adopted_by_another() {
     assert_eq!((left.namespace.as_str(), left.bot_container_name.as_str()), (doomed.name(), "web"));
     assert_eq!((left.bot_id.as_str(), left.bot_uid.as_str(), left.version), ("web-kept", uid(&web).as_str(), 1));
     assert_eq!(left.expires_at.0.duration_since(left.left_at.0).as_hours(), 7 * 24);
-    let events: Api<Event> = Api::namespaced(stage.ns.client(), "default");
-    wait_for("an Event on the BotNode", SOON, || async {
-        let all = events.list(&ListParams::default()).await.unwrap().items;
-        let is_it = |event: &Event| {
-            event.reason.as_deref() == Some("NamespaceTerminating")
-                && event.note.as_ref().is_some_and(|note| note.contains(&left.name))
-        };
-        if all.iter().any(is_it) { Ok(()) } else { Err(format!("{} others", all.len())) }
-    })
-    .await;
+    stage.node_event("NamespaceTerminating", &left.name).await;
 
     // Nobody gets it by a name: not a bot of its botId, not a snapshot that says whose it is.
     let stranger = stage.runs(retained("web")).await;
@@ -614,12 +618,21 @@ async fn what_a_bot_keeps_outlives_its_namespace_and_is_adopted_by_another() {
         stage.ns.no_snapshot(&snapshot.name_any()).await;
     }
 
+    // An entry that names nothing is told, and taken out.
+    let node: Api<BotNode> = Api::all(stage.ns.client());
+    let entry = json!({"orphan": "berth-v-none", "namespace": stage.ns.name(), "snapshotName": "nothing"});
+    let patch = Patch::Merge(json!({"spec": {"adopt": [entry]}}));
+    node.patch(stage.agent.node(), &PatchParams::default(), &patch).await.unwrap();
+    stage.node_event("AdoptionFailed", "berth-v-none is not in status.orphans").await;
+
     let (ok, table) = stage.kubectl_berth(&["adopt"]);
     assert!(ok && table.contains(&left.name) && table.contains(doomed.name()), "{table}");
     let (ok, said) = stage.kubectl_berth(&["-n", stage.ns.name(), "adopt", "berth-v-none"]);
     assert!(!ok && said.contains("no node has berth-v-none"), "{said}");
     let (ok, said) = stage.kubectl_berth(&["-n", "no-such-namespace", "adopt", &left.name]);
     assert!(!ok && said.contains("no namespace no-such-namespace"), "{said}");
+    let (ok, said) = stage.kubectl_berth(&["-n", stage.ns.name(), "adopt", &left.name, "--as", "Bad_Name"]);
+    assert!(!ok && said.contains("spec.adopt[0].snapshotName"), "{said}");
     let (ok, said) = stage.kubectl_berth(&["-n", stage.ns.name(), "adopt", &left.name, "--as", "found"]);
     assert!(ok && said.contains("version 1 of botId web-kept"), "{said}");
     let found = stage.ns.snapshot("found", SnapshotPhase::Ready).await;
@@ -628,7 +641,6 @@ async fn what_a_bot_keeps_outlives_its_namespace_and_is_adopted_by_another() {
     assert_eq!(find(&said.conditions, ConditionType::Verified).map(|c| c.status.as_str()), Some("True"));
     assert!(said.files > Some(1) && said.taken == Some(Taken::Stopped), "{said:?}");
     stage.orphans("none", <[OrphanedLayer]>::is_empty).await;
-    let node: Api<BotNode> = Api::all(stage.ns.client());
     wait_for("no entry that is done", SOON, || async {
         let spec = node.get(stage.agent.node()).await.unwrap().spec;
         if spec.adopt.is_empty() { Ok(()) } else { Err(format!("{:?}", spec.adopt)) }
