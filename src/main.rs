@@ -36,7 +36,7 @@ enum Part {
         dir: Option<PathBuf>,
     },
     /// Place bots on nodes, hold their finalizers and records, watch over nodes. Several may run; one leads.
-    Controller(ControllerArgs),
+    Controller(Box<ControllerArgs>),
     /// List all that changed between two versions of this node. A version is named NAMESPACE/BOTSNAPSHOT.
     Diff {
         /// The older one.
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         Part::Crds { dir } => write_crds(dir),
         Part::Diff { before, now, state_dir } => diff(&before, &now, &state_dir),
         Part::Controller(args) => {
-            serve(command.log_format, &command.log_filter, |stop| berth::controller::run(args, stop))
+            serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
         }
         Part::Agent(args) => serve(command.log_format, &command.log_filter, |stop| berth::agent::run(*args, stop)),
     };

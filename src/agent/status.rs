@@ -595,12 +595,27 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
     let old = live.unwrap_or(&none);
     let mut list = old.transitions.clone();
     let mut seq = list.last().map_or(0, |last| last.seq);
-    let mut add = |type_: &str, at: Timestamp, exit_code, message: Option<String>| {
+    let begins = seq == 0;
+    let mut add = |type_: &str, at: Timestamp, exit_code, version, message: Option<String>| {
         seq += 1;
-        list.push(Transition { seq, type_: type_.to_owned(), at: api_time(at), exit_code, message });
+        list.push(Transition { seq, type_: type_.to_owned(), at: api_time(at), exit_code, version, message });
     };
+    let is_true =
+        |status: &BotContainerStatus, type_| find(&status.conditions, type_).is_some_and(|c| c.status == "True");
+    // The first word of the agent tells also what the controller did before it.
+    if let Some(node) = old.node_name.as_ref().filter(|_| begins) {
+        let since = find(&old.conditions, ConditionType::Scheduled).map_or(now, |c| c.last_transition_time.0);
+        add("scheduled", since, None, None, Some(node.clone()));
+    }
+    let digest = |status: &BotContainerStatus| status.image.as_ref().and_then(|image| image.digest.clone());
+    if let Some(image) = new.image.as_ref().filter(|_| digest(new).is_some() && digest(new) != digest(old)) {
+        add("pulled", now, None, None, Some(image.reference.clone()));
+    }
+    if is_true(new, ConditionType::Restored) && !is_true(old, ConditionType::Restored) {
+        add("restored", now, None, new.current_version, None);
+    }
     if new.container_id.is_some() && old.container_id.is_none() {
-        add("created", now, None, None);
+        add("created", now, None, None, None);
     }
     // In the order in which they happen: an end belongs to the process before the one that runs now.
     let ended_anew = old.last_termination != new.last_termination;
@@ -609,23 +624,30 @@ fn transitions(live: Option<&BotContainerStatus>, new: &BotContainerStatus, now:
     if let Some(last) = new.last_termination.as_ref().filter(|_| ended_anew || replaced) {
         let type_ = if last.reason == Reason::OOMKilled.as_str() { "oom_killed" } else { "exited" };
         let at = last.finished_at.as_ref().map_or(now, |at| at.0);
-        add(type_, at, Some(last.exit_code), None);
+        add(type_, at, Some(last.exit_code), None, None);
+    }
+    let done = |status: &BotContainerStatus| {
+        status.rollback.as_ref().and_then(|r| r.completed_at.as_ref().map(|_| r.id.clone()))
+    };
+    if let Some(rollback) = new.rollback.as_ref().filter(|_| done(new).is_some() && done(new) != done(old)) {
+        let at = rollback.completed_at.as_ref().map_or(now, |at| at.0);
+        add("version_rollback", at, None, rollback.version, Some(rollback.id.clone()));
     }
     // By pid too: a process may start, end and start again within the second that a time is told in.
     if let Some(task) = new.task.as_ref().filter(|_| old.task != new.task) {
-        add("started", task.started_at.0, None, None);
+        add("started", task.started_at.0, None, None, None);
     }
     match (old.phase, new.phase) {
-        (Some(Phase::Paused), Some(Phase::Running)) if old.task == new.task => add("resumed", now, None, None),
-        (was, Some(Phase::Paused)) if was != Some(Phase::Paused) => add("paused", now, None, None),
-        (was, Some(Phase::Stopped)) if was != Some(Phase::Stopped) => add("stopped", now, None, None),
+        (Some(Phase::Paused), Some(Phase::Running)) if old.task == new.task => add("resumed", now, None, None, None),
+        (was, Some(Phase::Paused)) if was != Some(Phase::Paused) => add("paused", now, None, None, None),
+        (was, Some(Phase::Stopped)) if was != Some(Phase::Stopped) => add("stopped", now, None, None, None),
         _ => {}
     }
     let removed = |status: &BotContainerStatus| {
         find(&status.conditions, ConditionType::Running).is_some_and(|c| c.reason == Reason::Removed.as_str())
     };
     if removed(new) && !removed(old) {
-        add("deleted", now, None, None);
+        add("deleted", now, None, None, None);
     }
     let surplus = list.len().saturating_sub(TRANSITIONS);
     list.drain(..surplus);

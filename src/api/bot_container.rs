@@ -559,7 +559,8 @@ pub struct LineageEntry {
 pub struct Transition {
     /// Counts up from 1, without gaps.
     pub seq: i64,
-    /// created, started, exited, oom_killed, paused, resumed, stopped or deleted; more may come.
+    /// scheduled, pulled, restored, created, started, exited, oom_killed, version_rollback, paused, resumed, stopped or deleted;
+    /// more may come.
     #[serde(rename = "type")]
     pub type_: String,
     /// When.
@@ -567,7 +568,10 @@ pub struct Transition {
     /// Exit code of an `exited`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i64>,
-    /// Anything that a person wants to know.
+    /// The version that it was about: of a `version_rollback` or a `restored`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<i64>,
+    /// Anything that a person wants to know: the node of a `scheduled`, the image of a `pulled`, the id of a `version_rollback`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }

@@ -173,6 +173,9 @@ reasons! {
     FinalizerReleased => "The node is gone; the object was let go, what was only there is lost.",
     CIDRAssigned => "Nothing to do: the node has a CIDR for its bots.",
     CIDRExhausted => "The cluster's bot CIDR has no free block; give the controller a larger --cluster-cidr.",
+    MirrorLags => "The rows in PostgreSQL are behind the objects; the message says how far, and why. Bots are not affected; the rows catch up by themselves.",
+    MirrorCaughtUp => "Nothing to do: the rows in PostgreSQL are again what the objects say.",
+    MirrorRefused => "PostgreSQL does not take a bot's row; the message says why. It is tried again when the bot changes and at each resync.",
     Orphaned => "Something of Berth's that no object owns was found and removed or reported.",
 }
 

@@ -10,13 +10,14 @@
 //! stopped between its check and its write (SIGSTOP, a slow disk), every write of the controller carries a precondition
 //! of its own too: an old leader's late write finds a newer object and is refused.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, PostParams};
+use tokio::sync::watch;
 
 use crate::api::CONTROLLER;
 
@@ -55,23 +56,33 @@ impl Times {
 #[derive(Clone, Debug)]
 pub struct Leadership {
     /// When the renewal that last succeeded was sent.
-    renewed: Arc<Mutex<Option<Instant>>>,
+    renewed: Arc<watch::Sender<Option<Instant>>>,
     times: Times,
 }
 
 impl Leadership {
     /// Not leading yet.
     pub fn new(times: Times) -> Self {
-        Self { renewed: Arc::default(), times }
+        Self { renewed: Arc::new(watch::Sender::new(None)), times }
     }
 
     fn set(&self, renewed: Option<Instant>) {
-        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = renewed;
+        self.renewed.send_replace(renewed);
+    }
+
+    /// Waits for a renewal that was sent after `then`: whoever sees it knows that nobody else led at `then`, or before it since this
+    /// replica does. For ever, where this replica leads no more. Cancel-safe.
+    pub async fn confirmed_after(&self, then: Instant) {
+        let mut renewals = self.renewed.subscribe();
+        if renewals.wait_for(|renewed| renewed.is_some_and(|sent| sent > then)).await.is_err() {
+            // Can't be: the sender is ours.
+            std::future::pending::<()>().await;
+        }
     }
 
     /// When a write that begins now must be over, since another may lead from then on; `None`: write nothing.
     pub fn write_until(&self, now: Instant) -> Option<Instant> {
-        let renewed = (*self.renewed.lock().unwrap_or_else(PoisonError::into_inner))?;
+        let renewed = (*self.renewed.borrow())?;
         (now < renewed + self.times.renew_deadline).then(|| renewed + self.times.lease)
     }
 }

@@ -37,6 +37,13 @@ pub struct Metrics {
     leader: Gauge,
     cidrs_missing: Gauge,
     last_error: Gauge<f64, AtomicU64>,
+    mirror_connected: Gauge,
+    mirror_lag: Gauge<f64, AtomicU64>,
+    mirror_waiting: Gauge,
+    mirror_bots: Counter,
+    mirror_looks: Counter,
+    mirror_repairs: Counter,
+    mirror_errors: Family<Why, Counter>,
 }
 
 impl Metrics {
@@ -54,6 +61,21 @@ impl Metrics {
         r.register("leader", "1 while this replica leads", m.leader.clone());
         r.register("nodes_without_cidr", "BotNodes that have no CIDR", m.cidrs_missing.clone());
         r.register("last_error_timestamp_seconds", "When a reconcile last failed", m.last_error.clone());
+        r.register("mirror_connected", "1 while this replica writes rows to the database", m.mirror_connected.clone());
+        r.register(
+            "mirror_lag_seconds",
+            "For how long the oldest change waits that has no row yet",
+            m.mirror_lag.clone(),
+        );
+        r.register("mirror_waiting_bots", "Bots whose rows wait", m.mirror_waiting.clone());
+        r.register("mirror_bots", "Bots whose rows were written", m.mirror_bots.clone());
+        r.register("mirror_resyncs", "Looks at all rows", m.mirror_looks.clone());
+        r.register("mirror_repairs", "Bots whose rows a look at all rows found wrong", m.mirror_repairs.clone());
+        r.register(
+            "mirror_errors",
+            "Sessions with the database that failed, and bots that it refused, by reason",
+            m.mirror_errors.clone(),
+        );
         m
     }
 
@@ -94,5 +116,32 @@ impl Metrics {
         self.pending.set(number(bots));
         self.depth.set(number(objects));
         self.cidrs_missing.set(number(nodes));
+    }
+
+    /// Whether the mirror has a session.
+    pub fn mirror_connected(&self, yes: bool) {
+        self.mirror_connected.set(i64::from(yes));
+    }
+
+    /// How far behind the mirror is, and how many bots wait.
+    pub fn mirror_lags(&self, lag: std::time::Duration, waiting: usize) {
+        self.mirror_lag.set(lag.as_secs_f64());
+        self.mirror_waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+    }
+
+    /// Bots' rows were written.
+    pub fn mirror_wrote(&self, bots: usize) {
+        self.mirror_bots.inc_by(u64::try_from(bots).unwrap_or(0));
+    }
+
+    /// All rows were looked at; those of so many bots were wrong.
+    pub fn mirror_looked(&self, wrong: usize) {
+        self.mirror_looks.inc();
+        self.mirror_repairs.inc_by(u64::try_from(wrong).unwrap_or(0));
+    }
+
+    /// Rows could not be written.
+    pub fn mirror_failed(&self, reason: &'static str) {
+        self.mirror_errors.get_or_create(&Why { reason }).inc();
     }
 }

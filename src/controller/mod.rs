@@ -16,6 +16,7 @@
 //!                 │     └── schedule.rs, retention.rs   when one is due, which go
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
 //!            finalizer.rs   of bots and of snapshots
+//!            mirror/        rows in PostgreSQL, where there is one: follows the world, writes no object
 //!            event.rs, metrics.rs, error.rs   what is told;   quantity.rs   500m, 2Gi
 //! ```
 //!
@@ -29,6 +30,7 @@ mod event;
 mod finalizer;
 mod leader;
 mod metrics;
+mod mirror;
 mod node;
 mod place;
 mod quantity;
@@ -68,6 +70,7 @@ use error::Error;
 use event::Events;
 use leader::{Elector, Leadership, Times};
 use metrics::Metrics;
+use mirror::DatabaseUrl;
 use queue::Queue;
 use world::World;
 
@@ -118,6 +121,15 @@ pub struct ControllerArgs {
     /// Seconds between two tries to take or renew the Lease. Less than the renewal.
     #[arg(long, env = "BERTH_LEADER_RETRY_SECONDS", value_name = "SECONDS", default_value_t = 2)]
     pub leader_retry_seconds: u64,
+
+    /// A PostgreSQL (13 or newer) that is to have rows for other programs to read, as
+    /// postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=verify-full; TLS modes are libpq's. Without it there are none.
+    #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
+    database_url: Option<DatabaseUrl>,
+
+    /// After how many seconds all rows are compared with the objects again, and those that somebody changed are repaired.
+    #[arg(long, env = "BERTH_DATABASE_RESYNC_SECONDS", value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub database_resync_seconds: u64,
 }
 
 /// A namespaced object's name; of a cluster-scoped one, with an empty namespace.
@@ -194,6 +206,10 @@ struct Context {
     pool: Pool,
     /// Whoever gives out CIDRs.
     cidrs: tokio::sync::Mutex<()>,
+    /// Which process this is.
+    me: String,
+    /// The leader Lease.
+    lease: Name,
 }
 
 impl Context {
@@ -283,13 +299,15 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
     let me = identity();
     let context = Arc::new(Context {
         client: client.clone(),
-        world: Mutex::default(),
+        world: Mutex::new(World::new(args.database_url.is_some())),
         queue: Queue::default(),
         leadership: leadership.clone(),
         events,
         metrics: metrics.clone(),
         pool,
         cidrs: tokio::sync::Mutex::default(),
+        me: me.clone(),
+        lease: Name { namespace: args.leader_namespace.clone(), name: args.leader_name.clone() },
     });
 
     // The end of any of these but by `stop` ends the process: a replica that is half alive helps nobody.
@@ -334,7 +352,12 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
         Ok(()) if !stop.is_cancelled() => {
             tracing::info!("all lists are done");
             health.set_ready(true);
-            lead(&context, &mut elector, usize::from(args.workers), &mut tasks, &stop).await
+            let crew = Crew {
+                workers: usize::from(args.workers),
+                database: args.database_url,
+                resync: Duration::from_secs(args.database_resync_seconds),
+            };
+            lead(&context, &mut elector, &crew, &mut tasks, &stop).await
         }
         other => other,
     };
@@ -365,11 +388,29 @@ fn identity() -> String {
     format!("{host}_{:016x}", RandomState::new().hash_one(std::process::id()))
 }
 
+/// Who works while this replica leads.
+struct Crew {
+    workers: usize,
+    database: Option<DatabaseUrl>,
+    /// Between two looks at all rows of the database.
+    resync: Duration,
+}
+
+impl Crew {
+    fn start(&self, context: &Arc<Context>, shift: &CancellationToken) -> JoinSet<()> {
+        let mut crew: JoinSet<()> = (0..self.workers).map(|_| work(context.clone(), shift.clone())).collect();
+        if let Some(url) = &self.database {
+            crew.spawn(mirror::run(context.clone(), url.clone(), self.resync, shift.clone()));
+        }
+        crew
+    }
+}
+
 /// Leads whenever it can, until `stop` or until a task ends that must not.
 async fn lead(
     context: &Arc<Context>,
     elector: &mut Elector,
-    workers: usize,
+    crew: &Crew,
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
@@ -384,7 +425,7 @@ async fn lead(
         context.metrics.leading(true);
         context.queue.add_all(context.world().all(), "leading");
         let shift = CancellationToken::new();
-        let mut crew: JoinSet<()> = (0..workers).map(|_| work(context.clone(), shift.clone())).collect();
+        let mut crew = crew.start(context, &shift);
         let ended = tokio::select! {
             // Cancel-safe, as the Elector says.
             () = elector.hold() => None,

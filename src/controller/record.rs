@@ -74,7 +74,7 @@ pub async fn ensure(context: &Context, namespace: &str, bot_id: &str) -> Result<
         Err(error @ Error::Conflict { .. }) => context.read(STEP, &object, api.get_opt(bot_id)).await?.ok_or(error)?,
         done => done?,
     };
-    let wake = context.world().saw_record(made.clone());
+    let wake = context.world().saw_record(made.clone(), Instant::now());
     context.queue.add_all(wake, "own write");
     Ok(made)
 }
@@ -120,7 +120,7 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
     };
     match written {
         Ok(record) => {
-            let wake = context.world().saw_record(record);
+            let wake = context.world().saw_record(record, Instant::now());
             context.queue.add_all(wake, "own write");
             Ok(())
         }
@@ -131,7 +131,7 @@ pub async fn take(context: &Context, bot: &BotContainer, before: Option<&BotReco
             {
                 let mine = live.spec.holder.as_ref().is_some_and(|h| Some(&h.uid) == bot.uid().as_ref())
                     && live.spec.node_name.as_deref() == Some(node);
-                let wake = context.world().saw_record(live);
+                let wake = context.world().saw_record(live, Instant::now());
                 context.queue.add_all(wake, "live record");
                 if mine {
                     return Ok(());
@@ -173,14 +173,14 @@ async fn note(context: &Context, record: &BotRecord, step: &'static str, spec: V
     let (params, patch) = (super::merge_params(), Patch::Merge(&body));
     match context.write(step, &object, api.patch(&id, &params, &patch)).await {
         Ok(written) => {
-            let wake = context.world().saw_record(written);
+            let wake = context.world().saw_record(written, Instant::now());
             context.queue.add_all(wake, "own write");
             Ok(())
         }
         Err(error) => {
             // It may have been done and its answer lost; the next look works from what is there.
             if let Ok(Some(live)) = context.read(step, &object, api.get_opt(&id)).await {
-                let wake = context.world().saw_record(live);
+                let wake = context.world().saw_record(live, Instant::now());
                 context.queue.add_all(wake, "live record");
             }
             Err(error)
@@ -208,7 +208,7 @@ pub async fn release(context: &Context, record: &BotRecord, policy: DeletionPoli
         let object = format!("BotRecord {namespace}/{id}");
         let (params, patch) = (super::merge_params(), Patch::Merge(&body));
         let written = context.write("giving up the botId", &object, api.patch(&id, &params, &patch)).await?;
-        let wake = context.world().saw_record(written);
+        let wake = context.world().saw_record(written, Instant::now());
         context.queue.add_all(wake, "own write");
         Ok(())
     } else {
@@ -240,7 +240,7 @@ async fn delete(context: &Context, record: &BotRecord) -> Result<(), Error> {
             }
         }
     }
-    let wake = context.world().record_gone(&Name { namespace, name: id }, record.uid().as_deref());
+    let wake = context.world().record_gone(&Name { namespace, name: id }, record.uid().as_deref(), Instant::now());
     context.queue.add_all(wake, "own write");
     Ok(())
 }

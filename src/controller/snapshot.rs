@@ -738,7 +738,7 @@ async fn write(
 
 /// Keeps the answer to our own write.
 fn keep(context: &Context, snapshot: BotSnapshot) {
-    let keys = context.world().saw_snapshot(snapshot);
+    let keys = context.world().saw_snapshot(snapshot, std::time::Instant::now());
     context.queue.add_all(keys, "own write");
 }
 

@@ -48,12 +48,17 @@ macro_rules! kept {
     };
 }
 
-kept!(BotContainer, |o, w, _live, now| w.saw_bot(o, now), |w, name, uid, _now| w.bot_gone(name, uid), bot_names);
-kept!(BotRecord, |o, w, _live, _now| w.saw_record(o), |w, name, uid, _now| w.record_gone(name, uid), record_names);
+kept!(BotContainer, |o, w, _live, now| w.saw_bot(o, now), |w, name, uid, now| w.bot_gone(name, uid, now), bot_names);
+kept!(
+    BotRecord,
+    |o, w, _live, now| w.saw_record(o, now),
+    |w, name, uid, now| w.record_gone(name, uid, now),
+    record_names
+);
 kept!(
     BotSnapshot,
-    |o, w, _live, _now| w.saw_snapshot(o),
-    |w, name, uid, _now| w.snapshot_gone(name, uid),
+    |o, w, _live, now| w.saw_snapshot(o, now),
+    |w, name, uid, now| w.snapshot_gone(name, uid, now),
     snapshot_names
 );
 kept!(

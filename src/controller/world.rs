@@ -21,6 +21,7 @@ use crate::api::bot_node::Adoption;
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
 use super::bot::{bound_to, home};
+use super::mirror::{self, Changed, LastWords, Tail};
 use super::node::{Heartbeat, NodeState, candidate, state};
 use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
 use super::record::{Hold, bot_id, hold};
@@ -67,6 +68,14 @@ pub struct World {
     claims: HashMap<Name, (String, Instant)>,
     /// The same of snapshots: once in an outage.
     snapshot_claims: HashMap<Name, String>,
+    /// Where there is a mirror: what it needs of the bots besides, and whose rows wait.
+    mirrored: Option<Mirrored>,
+}
+
+#[derive(Default)]
+struct Mirrored {
+    tails: HashMap<Name, Arc<Tail>>,
+    changed: Changed,
 }
 
 /// A bot as its reconcile needs it.
@@ -120,6 +129,11 @@ fn newer<K: ResourceExt>(known: Option<&Arc<K>>, new: &K) -> bool {
 }
 
 impl World {
+    /// Knows nothing yet. `mirrored`: there is a mirror, whose rows follow what is seen.
+    pub fn new(mirrored: bool) -> Self {
+        Self { mirrored: mirrored.then(Mirrored::default), ..Self::default() }
+    }
+
     // --- bots
 
     /// A bot was seen.
@@ -131,10 +145,14 @@ impl World {
         }
         let mut keys = Vec::new();
         if known.is_some_and(|k| k.uid() != bot.uid()) {
-            keys.extend(self.bot_gone(&name, None));
+            keys.extend(self.bot_gone(&name, None, now));
+        }
+        if let Some(mirrored) = &mut self.mirrored {
+            mirrored.tails.insert(name.clone(), Arc::new(Tail::of(&bot)));
         }
         strip(&mut bot);
         let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
+        self.rows_changed(&id, now);
         self.by_id.entry(id).or_default().insert(name.name.clone());
         match bound_to(&bot) {
             Some(node) => {
@@ -158,12 +176,17 @@ impl World {
     }
 
     /// A bot is gone; with `uid`, only if it is that one.
-    pub fn bot_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+    pub fn bot_gone(&mut self, name: &Name, uid: Option<&str>, now: Instant) -> Vec<Key> {
         if self.bots.get(name).is_none_or(|b| uid.is_some() && b.uid().as_deref() != uid) {
             return Vec::new();
         }
         let Some(bot) = self.bots.remove(name) else { return Vec::new() };
         let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
+        if let Some(mirrored) = &mut self.mirrored
+            && let Some(tail) = mirrored.tails.remove(name)
+        {
+            mirrored.changed.gone(id.clone(), LastWords { uid: mirror::uid_of(&bot.metadata), tail }, now);
+        }
         let mut keys = vec![Key::Record(id.clone())];
         keys.extend(self.asked_of(name));
         if let Some(names) = self.by_id.get_mut(&id) {
@@ -368,23 +391,25 @@ impl World {
     // --- records and snapshots
 
     /// A record was seen.
-    pub fn saw_record(&mut self, mut record: BotRecord) -> Vec<Key> {
+    pub fn saw_record(&mut self, mut record: BotRecord, now: Instant) -> Vec<Key> {
         let name = name_of(&record);
         if !newer(self.records.get(&name), &record) {
             return Vec::new();
         }
         record.metadata.managed_fields = None;
+        self.rows_changed(&name, now);
         self.records.insert(name.clone(), Arc::new(record));
         self.record_changed(name)
     }
 
     /// A record is gone; with `uid`, only if it is that one.
-    pub fn record_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+    pub fn record_gone(&mut self, name: &Name, uid: Option<&str>, now: Instant) -> Vec<Key> {
         if self.records.get(name).is_none_or(|r| uid.is_some() && r.uid().as_deref() != uid) {
             return Vec::new();
         }
         self.records.remove(name);
         self.vanished.remove(name);
+        self.rows_changed(name, now);
         self.record_changed(name.clone())
     }
 
@@ -431,7 +456,7 @@ impl World {
     }
 
     /// A snapshot was seen.
-    pub fn saw_snapshot(&mut self, mut snapshot: BotSnapshot) -> Vec<Key> {
+    pub fn saw_snapshot(&mut self, mut snapshot: BotSnapshot, now: Instant) -> Vec<Key> {
         let name = name_of(&snapshot);
         let known = self.snapshots.get(&name);
         if !newer(known, &snapshot) {
@@ -442,13 +467,19 @@ impl World {
             usable(known) != usable(&snapshot)
                 || known.metadata.deletion_timestamp.is_some() != snapshot.metadata.deletion_timestamp.is_some()
         });
-        self.forget_snapshot(&name);
+        self.forget_snapshot(&name, now);
         snapshot.metadata.managed_fields = None;
         let status = snapshot.status.get_or_insert_default();
         status.changes = None;
         let at = |text: &str| Name { namespace: name.namespace.clone(), name: text.to_owned() };
         match (&status.bot_id, status.version) {
-            (Some(id), Some(_)) => self.kept.entry(at(id)).or_default().insert(name.name.clone()),
+            (Some(id), Some(_)) => {
+                let id = at(id);
+                if let Some(mirrored) = &mut self.mirrored {
+                    mirrored.changed.mark(id.clone(), now);
+                }
+                self.kept.entry(id).or_default().insert(name.name.clone())
+            }
             _ => self.asked.entry(at(&snapshot.spec.bot_container_name)).or_default().insert(name.name.clone()),
         };
         let snapshot = Arc::new(snapshot);
@@ -459,19 +490,20 @@ impl World {
     }
 
     /// A snapshot is gone; with `uid`, only if it is that one.
-    pub fn snapshot_gone(&mut self, name: &Name, uid: Option<&str>) -> Vec<Key> {
+    pub fn snapshot_gone(&mut self, name: &Name, uid: Option<&str>, now: Instant) -> Vec<Key> {
         if self.snapshots.get(name).is_none_or(|s| uid.is_some() && s.uid().as_deref() != uid) {
             return Vec::new();
         }
-        let Some(snapshot) = self.forget_snapshot(name) else { return Vec::new() };
+        let Some(snapshot) = self.forget_snapshot(name, now) else { return Vec::new() };
         self.snapshot_claims.remove(name);
         self.concerned(name, &snapshot)
     }
 
-    fn forget_snapshot(&mut self, name: &Name) -> Option<Arc<BotSnapshot>> {
+    fn forget_snapshot(&mut self, name: &Name, now: Instant) -> Option<Arc<BotSnapshot>> {
         let snapshot = self.snapshots.remove(name)?;
         let id = snapshot.status.as_ref().and_then(|s| s.bot_id.clone()).unwrap_or_default();
         let at = |text: String| Name { namespace: name.namespace.clone(), name: text };
+        self.rows_changed(&at(id.clone()), now);
         for (index, key) in [(&mut self.kept, id), (&mut self.asked, snapshot.spec.bot_container_name.clone())] {
             if let Entry::Occupied(mut names) = index.entry(at(key)) {
                 names.get_mut().remove(&name.name);
@@ -570,6 +602,50 @@ impl World {
         let bots = self.by_id.get(&at(bot_id)).into_iter().flatten();
         let told = bots.filter_map(|name| self.bots.get(&at(name))?.status.as_ref()?.last_version);
         kept.chain(told).max().unwrap_or(0)
+    }
+
+    // --- the mirror
+
+    fn rows_changed(&mut self, bot: &Name, now: Instant) {
+        if let Some(mirrored) = &mut self.mirrored
+            && !bot.name.is_empty()
+        {
+            mirrored.changed.mark(bot.clone(), now);
+        }
+    }
+
+    /// Whose rows wait; `None` where there is no mirror.
+    pub fn changed(&mut self) -> Option<&mut Changed> {
+        self.mirrored.as_mut().map(|mirrored| &mut mirrored.changed)
+    }
+
+    /// All bots: those that have a BotContainer, and those of which versions are kept.
+    pub fn bot_ids(&self) -> Vec<Name> {
+        let kept = self.kept.keys().filter(|id| !self.by_id.contains_key(id));
+        self.by_id.keys().chain(kept).cloned().collect()
+    }
+
+    /// All that is there of a bot.
+    pub fn rows_of(&self, id: &Name) -> mirror::Bot {
+        let at = |name: &String| Name { namespace: id.namespace.clone(), name: name.clone() };
+        let mut bots: Vec<_> = self
+            .by_id
+            .get(id)
+            .into_iter()
+            .flatten()
+            .filter_map(|name| Some((at(name), self.bots.get(&at(name))?)))
+            .collect();
+        let holder =
+            self.records.get(id).and_then(|record| record.spec.holder.as_ref().map(|holder| holder.uid.as_str()));
+        // The holder, else the oldest.
+        bots.sort_by_key(|(name, bot)| (bot.uid().as_deref() != holder, bot.creation_timestamp(), name.clone()));
+        let tail = |name: &Name| self.mirrored.as_ref().and_then(|m| m.tails.get(name)).cloned().unwrap_or_default();
+        let kept = self.kept.get(id).into_iter().flatten();
+        mirror::Bot {
+            container: bots.first().map(|(name, bot)| ((*bot).clone(), tail(name))),
+            alive: bots.iter().map(|(_, bot)| mirror::uid_of(&bot.metadata)).collect(),
+            snapshots: kept.filter_map(|name| self.snapshots.get(&at(name))).cloned().collect(),
+        }
     }
 
     // --- nodes

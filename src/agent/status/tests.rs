@@ -384,7 +384,7 @@ fn an_end_and_a_start_within_one_second_are_both_told() {
         }
     }
     let types: Vec<_> = live.unwrap().transitions.into_iter().map(|t| t.type_).collect();
-    assert_eq!(types, ["created", "started", "exited", "started", "exited", "started"]);
+    assert_eq!(types, ["pulled", "created", "started", "exited", "started", "exited", "started"]);
 }
 
 /// A job that was asked again and was done before anybody saw it run.
@@ -466,8 +466,10 @@ proptest! {
     ) {
         let desired = ask.desired();
         let next = plan(&desired, &observed, first);
-        let status = report(Some(4), &desired, &observed, &next, trouble.as_ref(), None, first);
-        prop_assert!(!says(None, &status));
+        // An agent sees a bot no sooner than bound.
+        let bound = applied(&BotContainerStatus::default());
+        let status = report(Some(4), &desired, &observed, &next, trouble.as_ref(), Some(&bound), first);
+        prop_assert!(!says(Some(&bound), &status));
         let live = applied(&status);
         prop_assert!(says(Some(&live), &status), "{:#?}\n{:#?}", live, status);
         // Seen again at another time, with nothing new: still nothing to write.

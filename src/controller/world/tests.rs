@@ -37,7 +37,7 @@ fn an_older_version_never_replaces_a_newer_one() {
     assert_eq!(world.bots.get(&name("web")).and_then(|b| bound_to(b)), Some("node-1"));
     // Deleted and made again under the same name is another bot, and the end of the first comes late.
     assert!(!world.saw_bot(bot("web", "u2", 9, None), now).is_empty());
-    assert!(world.bot_gone(&name("web"), Some("u1")).is_empty());
+    assert!(world.bot_gone(&name("web"), Some("u1"), now).is_empty());
     assert!(world.saw_bot(bot("web", "u1", 6, Some("node-1")), now).is_empty());
     assert_eq!(world.load.get("node-1"), None, "the first one's seat was given back");
 }
@@ -58,7 +58,7 @@ fn what_was_decided_counts_before_it_is_seen_and_the_oldest_goes_first() {
     // Seen at last: counted once.
     let _ = world.saw_bot(bot("old", "old", 40, Some("node-1")), now);
     assert_eq!(world.load["node-1"].bots, 2);
-    let keys = world.bot_gone(&name("old"), Some("old"));
+    let keys = world.bot_gone(&name("old"), Some("old"), now);
     assert!(keys.contains(&Key::Pending), "who waits for room is woken");
     assert_eq!(world.place(&name("young"), &young, None, now).as_deref(), Ok("node-1"));
 }
@@ -85,7 +85,7 @@ proptest! {
         for (version, (which, what)) in steps.into_iter().enumerate() {
             let n = format!("b{which}");
             if what == 3 {
-                let _ = world.bot_gone(&name(&n), None);
+                let _ = world.bot_gone(&name(&n), None, now);
                 truth.remove(&n);
             } else {
                 let node = (what > 0).then(|| format!("node-{what}"));

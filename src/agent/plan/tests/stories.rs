@@ -31,7 +31,8 @@ impl Story {
             world: World::new(Timestamp::from_second(NOON).unwrap(), habits),
             ask,
             desired: ask.desired(),
-            status: None,
+            // As the controller leaves it.
+            status: Some(BotContainerStatus { node_name: Some("node-1".into()), ..BotContainerStatus::default() }),
         }
     }
 

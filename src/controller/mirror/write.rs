@@ -1,0 +1,650 @@
+//! The transactions. Each begins with the fence (the session's term must be the newest) and leaves the rows of the bots that it is of as
+//! the objects say, whatever they were: what is right already is not touched.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use k8s_openapi::jiff::Timestamp;
+use sqlx::{Connection as _, PgConnection};
+use uuid::Uuid;
+
+use super::super::Name;
+use super::changed::LastWords;
+use super::error::Error;
+use super::row::{EventRow, Rows, container_id, to_json};
+
+/// What the database has of a bot, as far as is known without asking.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// The hash that it was written with; `None`: something of it was changed by somebody else.
+    pub hash: Option<i64>,
+    /// The same of its versions.
+    pub children_hash: i64,
+    /// The BotContainer that its row is of.
+    pub object_uid: Option<Uuid>,
+    /// The last event that was written with it.
+    pub last_seq: i64,
+    /// The resourceVersion of the BotContainer that it was written from.
+    pub resource_version: Option<i64>,
+}
+
+/// One bot to be written.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// The bot; `None` of a row that can't be one's.
+    pub bot: Option<Name>,
+    /// Its `container_id`.
+    pub container_id: String,
+    /// What its rows are to be; `None`: nothing of it is there.
+    pub rows: Option<Rows>,
+    /// The uids of the BotContainers with its botId.
+    pub alive: Vec<Uuid>,
+    /// What those that are gone said last.
+    pub last_words: Vec<LastWords>,
+    /// What the database has.
+    pub stored: Option<Stored>,
+}
+
+impl Change {
+    /// What there is to write of a bot; `None`: it is as it should be.
+    pub fn new(
+        bot: Name,
+        rows: Option<Rows>,
+        alive: Vec<Uuid>,
+        last_words: Vec<LastWords>,
+        stored: Option<&Stored>,
+    ) -> Option<Self> {
+        let wanted = rows.as_ref().map(|rows| rows.container.hash);
+        let right = match (wanted, stored) {
+            (Some(wanted), Some(stored)) => stored.hash == Some(wanted),
+            (None, None) => true,
+            _ => false,
+        };
+        let last_words = if stored.is_some() || rows.is_some() { last_words } else { Vec::new() };
+        (!right || !last_words.is_empty()).then(|| Self {
+            container_id: container_id(&bot),
+            bot: Some(bot),
+            rows,
+            alive,
+            last_words,
+            stored: stored.cloned(),
+        })
+    }
+
+    /// The BotContainer that the row was of and that is gone.
+    fn ended(&self) -> Option<Uuid> {
+        let now = self.rows.as_ref().and_then(|rows| rows.container.object_uid);
+        self.stored.as_ref()?.object_uid.filter(|uid| Some(*uid) != now && !self.alive.contains(uid))
+    }
+
+    /// Whether versions of it are kept, or its layer is.
+    fn retained(&self) -> bool {
+        self.rows.as_ref().is_some_and(|rows| !rows.snapshots.is_empty())
+            || self.last_words.iter().any(|words| words.tail.orphaned)
+    }
+
+    /// Whether its versions are to be written, too.
+    fn has_children(&self) -> bool {
+        match (&self.rows, &self.stored) {
+            (Some(rows), Some(stored)) => stored.hash.is_none() || stored.children_hash != rows.container.children_hash,
+            _ => true,
+        }
+    }
+
+    /// What the database has after it was written.
+    pub fn outcome(&self) -> Option<Stored> {
+        self.rows.as_ref().map(|rows| Stored {
+            hash: Some(rows.container.hash),
+            children_hash: rows.container.children_hash,
+            object_uid: rows.container.object_uid,
+            last_seq: rows.container.last_seq,
+            resource_version: rows.container.resource_version,
+        })
+    }
+
+    /// How much it is to write, roughly. Rows.
+    pub fn size(&self) -> usize {
+        self.rows
+            .as_ref()
+            .map_or(1, |rows| 1 + rows.events.len() + if self.has_children() { rows.snapshots.len() } else { 0 })
+    }
+
+    /// The events of a BotContainer that are to be in the database, by its uid: those of the living one, and the last words.
+    fn told(&self) -> Vec<Told> {
+        let mut told: Vec<Told> = Vec::new();
+        for words in &self.last_words {
+            told.push(Told {
+                container_id: self.container_id.clone(),
+                uid: words.uid,
+                events: EventRow::told(&self.container_id, words.uid, &words.tail.moments),
+                ended: !self.alive.contains(&words.uid),
+                known: None,
+            });
+        }
+        if let Some(uid) = self.ended().filter(|uid| !told.iter().any(|t| t.uid == *uid)) {
+            told.push(Told {
+                container_id: self.container_id.clone(),
+                uid,
+                events: Vec::new(),
+                ended: true,
+                known: None,
+            });
+        }
+        if let Some(rows) = &self.rows
+            && let Some(uid) = rows.container.object_uid
+        {
+            let known =
+                self.stored.as_ref().filter(|s| s.hash.is_some() && s.object_uid == Some(uid)).map(|s| s.last_seq);
+            // Numbers that went back are those of a cluster that did: all of it is looked at.
+            let known = known.filter(|known| *known <= rows.container.last_seq);
+            let events = rows.events.iter().filter(|e| known.is_none_or(|known| e.seq > known)).cloned().collect();
+            told.push(Told { container_id: self.container_id.clone(), uid, events, ended: false, known });
+        }
+        told
+    }
+}
+
+/// What one BotContainer tells.
+#[derive(Clone, Debug)]
+struct Told {
+    container_id: String,
+    uid: Uuid,
+    /// Oldest first.
+    events: Vec<EventRow>,
+    /// Whether it is gone.
+    ended: bool,
+    /// The last of its events that the database is known to have; `None`: it has to be asked.
+    known: Option<i64>,
+}
+
+impl Told {
+    /// The first of the numbers that are told now; past the last one where none is.
+    fn first(&self) -> i64 {
+        self.events.first().map_or(i64::MAX, |event| event.seq)
+    }
+
+    /// Whether what the database has can be told without asking it.
+    fn is_plain(&self) -> bool {
+        !self.ended
+            && (self.events.is_empty() && self.known.is_some()
+                || self.known.is_some_and(|known| known + 1 == self.first()))
+    }
+
+    /// The rows for it, those that say what is missing among them. `before` is the last number that the database has below the
+    /// first one told, `last` the last one that it has at all, `deleted` whether its end is told there.
+    fn rows(mut self, before: i64, last: i64, deleted: bool, now: Timestamp) -> Vec<EventRow> {
+        let newest = self.events.last().map_or(last, |event| event.last_seq);
+        if self.ended && !deleted && !self.events.iter().any(|event| event.event_type == "deleted") {
+            let seq = newest.max(last) + 1;
+            self.events.push(EventRow::deleted(&self.container_id, self.uid, seq, now));
+        }
+        if let Some(first) = self.events.first().filter(|first| before + 1 < first.seq) {
+            let lost = EventRow::lost(&self.container_id, self.uid, before + 1, first.seq - 1, first.created_at);
+            self.events.insert(0, lost);
+        }
+        self.events
+    }
+}
+
+/// Ends a session that is not the newest.
+async fn fence(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
+    const STEP: &str = "asking whether this session may still write";
+    // Shared, so that whoever takes the next term waits for the end of this transaction, and this one never comes after it.
+    let found = sqlx::query_scalar!("SELECT term FROM berth_mirror WHERE term = $1 FOR SHARE", term)
+        .fetch_optional(conn)
+        .await
+        .map_err(|error| Error::of(STEP, error))?;
+    found.map(drop).ok_or(Error::Fenced { step: STEP })
+}
+
+/// The newest term.
+pub async fn newest_term(conn: &mut PgConnection) -> Result<i64, Error> {
+    const STEP: &str = "reading who writes";
+    let of = |error| Error::of(STEP, error);
+    // Removed by hand, it is made again.
+    sqlx::query!("INSERT INTO berth_mirror (term, holder, since) VALUES (0, '', now()) ON CONFLICT DO NOTHING")
+        .execute(&mut *conn)
+        .await
+        .map_err(of)?;
+    sqlx::query_scalar!("SELECT term FROM berth_mirror").fetch_one(conn).await.map_err(of)
+}
+
+/// Takes the term after `newest`; no session before can write from then on.
+pub async fn take_term(conn: &mut PgConnection, newest: i64, holder: &str) -> Result<i64, Error> {
+    const STEP: &str = "taking the right to write";
+    sqlx::query_scalar!(
+        "UPDATE berth_mirror SET term = term + 1, holder = $2, since = now() WHERE term = $1 RETURNING term",
+        newest,
+        holder
+    )
+    .fetch_optional(conn)
+    .await
+    .map_err(|error| Error::of(STEP, error))?
+    .ok_or(Error::Fenced { step: STEP })
+}
+
+/// What the database has, by `container_id`. A bot of which any row was changed, added or removed by somebody else has no hash.
+pub async fn stored(conn: &mut PgConnection) -> Result<HashMap<String, Stored>, Error> {
+    let rows = sqlx::query!(
+        r#"
+        WITH s AS (
+            SELECT container_id, count(*) AS n, count(*) FILTER (WHERE xmin = written_by::xid) AS ours,
+                   sum(CASE source WHEN 'preserved' THEN 2 ELSE 1 END) AS events
+            FROM snapshots GROUP BY container_id
+        ), v AS (
+            SELECT container_id, count(*) AS n, count(*) FILTER (WHERE xmin = written_by::xid) AS ours
+            FROM container_versions GROUP BY container_id
+        ), e AS (
+            SELECT c.container_id, count(*) AS ours
+            FROM containers c
+            JOIN lifecycle_events e ON e.object_uid = c.object_uid AND e.seq BETWEEN c.first_seq AND c.last_seq
+            WHERE e.xmin = e.written_by::xid AND e.container_id = c.container_id
+            GROUP BY c.container_id
+        ), x AS (
+            SELECT s.container_id, count(*) AS ours
+            FROM snapshots s
+            JOIN lifecycle_events e ON e.object_uid = s.id
+            WHERE e.xmin = e.written_by::xid AND e.container_id = s.container_id
+            GROUP BY s.container_id
+        )
+        SELECT c.container_id AS "container_id!", c.object_uid, c.last_seq AS "last_seq!", c.children_hash AS "children_hash!",
+               c.resource_version,
+               CASE WHEN c.xmin = c.written_by::xid
+                     AND coalesce(s.n, 0) = c.snapshot_count AND coalesce(s.ours, 0) = c.snapshot_count
+                     AND coalesce(v.n, 0) = c.snapshot_count AND coalesce(v.ours, 0) = c.snapshot_count
+                     AND coalesce(e.ours, 0) = c.last_seq - c.first_seq + 1
+                     AND coalesce(x.ours, 0) = coalesce(s.events, 0)
+                    THEN c.hash END AS hash
+        FROM containers c
+        LEFT JOIN s USING (container_id)
+        LEFT JOIN v USING (container_id)
+        LEFT JOIN e USING (container_id)
+        LEFT JOIN x USING (container_id)
+        "#
+    )
+    .fetch_all(conn)
+    .await
+    .map_err(|error| Error::of("reading what the tables have", error))?;
+    Ok(rows
+        .into_iter()
+        .map(|row| {
+            let stored = Stored {
+                hash: row.hash,
+                children_hash: row.children_hash,
+                object_uid: row.object_uid,
+                last_seq: row.last_seq,
+                resource_version: row.resource_version,
+            };
+            (row.container_id, stored)
+        })
+        .collect())
+}
+
+/// Puts aside what somebody else wrote into the events; how many. They may stand where ours belong.
+pub async fn put_foreign_events_aside(conn: &mut PgConnection, term: i64) -> Result<u64, Error> {
+    const STEP: &str = "putting events aside that are not ours";
+    let of = |error| Error::of(STEP, error);
+    let mut tx = conn.begin().await.map_err(of)?;
+    fence(&mut tx, term).await?;
+    let moved = sqlx::query!(
+        "WITH moved AS (DELETE FROM lifecycle_events WHERE written_by IS NULL RETURNING *)
+         INSERT INTO lifecycle_events_history SELECT now(), false, true, moved.* FROM moved ON CONFLICT (id) DO NOTHING"
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    tx.commit().await.map_err(of)?;
+    Ok(moved.rows_affected())
+}
+
+/// Notes that all rows were looked at.
+pub async fn note_synced(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
+    const STEP: &str = "noting that all rows were looked at";
+    let noted = sqlx::query!("UPDATE berth_mirror SET synced = now() WHERE term = $1", term)
+        .execute(conn)
+        .await
+        .map_err(|error| Error::of(STEP, error))?;
+    if noted.rows_affected() == 1 { Ok(()) } else { Err(Error::Fenced { step: STEP }) }
+}
+
+/// Whether this session may still write, and the database takes writes.
+pub async fn ping(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
+    fence(conn, term).await
+}
+
+/// Writes bots, all or none, until `until`. After an error the connection is in no state to go on with, but for [`Error::Data`].
+pub async fn write(conn: &mut PgConnection, term: i64, changes: &[Change], until: Instant) -> Result<(), Error> {
+    let started = Instant::now();
+    let deadline = until.saturating_duration_since(started);
+    match tokio::time::timeout(deadline, transaction(conn, term, changes)).await {
+        Ok(done) => done,
+        Err(_) => Err(Error::Deadline { step: "writing rows", after: deadline }),
+    }
+}
+
+async fn transaction(conn: &mut PgConnection, term: i64, changes: &[Change]) -> Result<(), Error> {
+    let mut tx = conn.begin().await.map_err(|error| Error::of("beginning a transaction", error))?;
+    fence(&mut tx, term).await?;
+    came_back(&mut tx, changes).await?;
+    ended(&mut tx, changes).await?;
+    containers(&mut tx, changes).await?;
+    children(&mut tx, changes).await?;
+    events(&mut tx, changes).await?;
+    gone(&mut tx, changes).await?;
+    tx.commit().await.map_err(|error| Error::of("committing", error))
+}
+
+/// Takes out of the history what is there again: a cluster that was restored from a backup, a bot whose botId is used again.
+async fn came_back(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let of = |error| Error::of("taking rows back out of the history", error);
+    let mut uids: Vec<Uuid> = Vec::new();
+    let mut snapshots: Vec<Uuid> = Vec::new();
+    for change in changes {
+        let Some(rows) = &change.rows else { continue };
+        if let Some(uid) = rows.container.object_uid
+            && change.stored.as_ref().is_none_or(|stored| stored.object_uid != Some(uid))
+        {
+            uids.push(uid);
+        }
+        if change.has_children() {
+            snapshots.extend(rows.versions.iter().map(|version| version.snapshot_id));
+        }
+    }
+    if uids.is_empty() && snapshots.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!("DELETE FROM containers_history WHERE object_uid = ANY($1)", &uids)
+        .execute(&mut *tx)
+        .await
+        .map_err(of)?;
+    sqlx::query!("DELETE FROM container_versions_history WHERE snapshot_id = ANY($1)", &snapshots)
+        .execute(&mut *tx)
+        .await
+        .map_err(of)?;
+    sqlx::query!("DELETE FROM snapshots_history WHERE id = ANY($1)", &snapshots).execute(&mut *tx).await.map_err(of)?;
+    let objects: Vec<Uuid> = uids.into_iter().chain(snapshots).collect();
+    sqlx::query!(
+        "WITH back AS (DELETE FROM lifecycle_events_history WHERE object_uid = ANY($1) AND NOT superseded RETURNING *)
+         INSERT INTO lifecycle_events (id, container_id, event_type, payload, created_at, object_uid, seq, last_seq, written_by)
+         SELECT id, container_id, event_type, payload, created_at, object_uid, seq, last_seq, pg_current_xact_id() FROM back
+         ON CONFLICT DO NOTHING",
+        &objects
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    Ok(())
+}
+
+/// Writes down in the history what BotContainers were that are gone.
+async fn ended(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let ended = changes.iter().filter(|change| change.ended().is_some() || change.rows.is_none());
+    let (ids, retained): (Vec<String>, Vec<bool>) =
+        ended.map(|change| (change.container_id.clone(), change.retained())).unzip();
+    if ids.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "INSERT INTO containers_history
+         SELECT now(), e.retained, c.* FROM containers c JOIN unnest($1::text[], $2::bool[]) e (container_id, retained) USING (container_id)
+         ON CONFLICT (object_uid) DO UPDATE SET gone_at = EXCLUDED.gone_at, retained = EXCLUDED.retained",
+        &ids,
+        &retained
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(|error| Error::of("writing down which bots are gone", error))?;
+    Ok(())
+}
+
+async fn containers(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let rows: Vec<_> = changes.iter().filter_map(|change| Some(&change.rows.as_ref()?.container)).collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "INSERT INTO containers (
+             id, bot_id, container_id, container_name, image, status, namespace, auto_start, container_path, created_at, updated_at,
+             last_started_at, last_stopped_at, object_uid, object_namespace, object_name, object_bot_id, runtime_container_id,
+             node_name, image_digest, phase, ip, restart_count, last_version, current_version, conditions, generation,
+             observed_generation, resource_version, snapshot_count, first_seq, last_seq, children_hash, hash, written_by)
+         SELECT
+             id, bot_id, container_id, container_name, image, status, namespace, auto_start, container_path, created_at, updated_at,
+             last_started_at, last_stopped_at, object_uid, object_namespace, object_name, object_bot_id, runtime_container_id,
+             node_name, image_digest, phase, ip, restart_count, last_version, current_version, conditions, generation,
+             observed_generation, resource_version, snapshot_count, first_seq, last_seq, children_hash, hash, pg_current_xact_id()
+         FROM jsonb_populate_recordset(NULL::containers, $1::text::jsonb)
+         ON CONFLICT (container_id) DO UPDATE SET
+             id = EXCLUDED.id, bot_id = EXCLUDED.bot_id, container_name = EXCLUDED.container_name, image = EXCLUDED.image,
+             status = EXCLUDED.status, namespace = EXCLUDED.namespace, auto_start = EXCLUDED.auto_start,
+             container_path = EXCLUDED.container_path, created_at = EXCLUDED.created_at, updated_at = EXCLUDED.updated_at,
+             last_started_at = EXCLUDED.last_started_at, last_stopped_at = EXCLUDED.last_stopped_at,
+             object_uid = EXCLUDED.object_uid, object_namespace = EXCLUDED.object_namespace, object_name = EXCLUDED.object_name,
+             object_bot_id = EXCLUDED.object_bot_id, runtime_container_id = EXCLUDED.runtime_container_id,
+             node_name = EXCLUDED.node_name, image_digest = EXCLUDED.image_digest, phase = EXCLUDED.phase, ip = EXCLUDED.ip,
+             restart_count = EXCLUDED.restart_count, last_version = EXCLUDED.last_version,
+             current_version = EXCLUDED.current_version, conditions = EXCLUDED.conditions, generation = EXCLUDED.generation,
+             observed_generation = EXCLUDED.observed_generation, resource_version = EXCLUDED.resource_version,
+             snapshot_count = EXCLUDED.snapshot_count, first_seq = EXCLUDED.first_seq, last_seq = EXCLUDED.last_seq,
+             children_hash = EXCLUDED.children_hash, hash = EXCLUDED.hash, written_by = EXCLUDED.written_by
+         WHERE containers.hash <> EXCLUDED.hash OR containers.written_by IS NULL OR containers.xmin <> containers.written_by::xid",
+        to_json(&rows)
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(|error| Error::of("writing containers", error))?;
+    Ok(())
+}
+
+/// Versions and their numbers: those of bots whose versions are others than they were.
+async fn children(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let changes: Vec<_> = changes.iter().filter(|change| change.has_children()).collect();
+    if changes.is_empty() {
+        return Ok(());
+    }
+    let of = |error| Error::of("writing snapshots", error);
+    let (ids, retained): (Vec<String>, Vec<bool>) =
+        changes.iter().map(|c| (c.container_id.clone(), c.retained())).unzip();
+    let rows: Vec<_> = changes.iter().filter_map(|change| change.rows.as_ref()).collect();
+    let snapshots: Vec<_> = rows.iter().flat_map(|rows| &rows.snapshots).collect();
+    let versions: Vec<_> = rows.iter().flat_map(|rows| &rows.versions).collect();
+    let kept: Vec<Uuid> = versions.iter().map(|version| version.snapshot_id).collect();
+    let numbers: Vec<Uuid> = versions.iter().map(|version| version.id).collect();
+    sqlx::query!(
+        "WITH gone AS (DELETE FROM container_versions WHERE container_id = ANY($1) AND id <> ALL($3) RETURNING *)
+         INSERT INTO container_versions_history
+         SELECT now(), e.retained, gone.* FROM gone JOIN unnest($1::text[], $2::bool[]) e (container_id, retained) USING (container_id)
+         ON CONFLICT (id) DO UPDATE SET gone_at = EXCLUDED.gone_at",
+        &ids,
+        &retained,
+        &numbers
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    sqlx::query!(
+        "WITH gone AS (DELETE FROM snapshots WHERE container_id = ANY($1) AND id <> ALL($3) RETURNING *)
+         INSERT INTO snapshots_history
+         SELECT now(), e.retained, gone.* FROM gone JOIN unnest($1::text[], $2::bool[]) e (container_id, retained) USING (container_id)
+         ON CONFLICT (id) DO UPDATE SET gone_at = EXCLUDED.gone_at",
+        &ids,
+        &retained,
+        &kept
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    if snapshots.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "INSERT INTO snapshots (
+             id, container_id, runtime_snapshot_name, display_name, parent_runtime_snapshot_name, snapshotter, source, created_at,
+             object_namespace, object_name, node_name, image, image_digest, digest, size_bytes, files, frozen_millis, taken, ready_at,
+             conditions, generation, resource_version, hash, written_by)
+         SELECT
+             id, container_id, runtime_snapshot_name, display_name, parent_runtime_snapshot_name, snapshotter, source, created_at,
+             object_namespace, object_name, node_name, image, image_digest, digest, size_bytes, files, frozen_millis, taken, ready_at,
+             conditions, generation, resource_version, hash, pg_current_xact_id()
+         FROM jsonb_populate_recordset(NULL::snapshots, $1::text::jsonb)
+         ON CONFLICT (id) DO UPDATE SET
+             container_id = EXCLUDED.container_id, runtime_snapshot_name = EXCLUDED.runtime_snapshot_name,
+             display_name = EXCLUDED.display_name, parent_runtime_snapshot_name = EXCLUDED.parent_runtime_snapshot_name,
+             snapshotter = EXCLUDED.snapshotter, source = EXCLUDED.source, created_at = EXCLUDED.created_at,
+             object_namespace = EXCLUDED.object_namespace, object_name = EXCLUDED.object_name, node_name = EXCLUDED.node_name,
+             image = EXCLUDED.image, image_digest = EXCLUDED.image_digest, digest = EXCLUDED.digest,
+             size_bytes = EXCLUDED.size_bytes, files = EXCLUDED.files, frozen_millis = EXCLUDED.frozen_millis,
+             taken = EXCLUDED.taken, ready_at = EXCLUDED.ready_at, conditions = EXCLUDED.conditions,
+             generation = EXCLUDED.generation, resource_version = EXCLUDED.resource_version, hash = EXCLUDED.hash,
+             written_by = EXCLUDED.written_by
+         WHERE snapshots.hash <> EXCLUDED.hash OR snapshots.written_by IS NULL OR snapshots.xmin <> snapshots.written_by::xid",
+        to_json(&snapshots)
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    sqlx::query!(
+        "INSERT INTO container_versions AS v (id, container_id, snapshot_id, version, created_at, written_by)
+         SELECT id, container_id, snapshot_id, version, created_at, pg_current_xact_id()
+         FROM jsonb_populate_recordset(NULL::container_versions, $1::text::jsonb)
+         ON CONFLICT (id) DO UPDATE SET
+             container_id = EXCLUDED.container_id, snapshot_id = EXCLUDED.snapshot_id, version = EXCLUDED.version,
+             created_at = EXCLUDED.created_at, written_by = EXCLUDED.written_by
+         WHERE (v.container_id, v.snapshot_id, v.version, v.created_at)
+                <> (EXCLUDED.container_id, EXCLUDED.snapshot_id, EXCLUDED.version, EXCLUDED.created_at)
+            OR v.written_by IS NULL OR v.xmin <> v.written_by::xid",
+        to_json(&versions)
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    Ok(())
+}
+
+async fn events(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let of = |error| Error::of("writing lifecycle events", error);
+    let mut rows: Vec<EventRow> = Vec::new();
+    let mut asked: Vec<Told> = Vec::new();
+    for change in changes {
+        if change.has_children() {
+            rows.extend(change.rows.iter().flat_map(|rows| rows.snapshot_events.clone()));
+        }
+        for told in change.told() {
+            if told.is_plain() { rows.extend(told.events) } else { asked.push(told) }
+        }
+    }
+    if !asked.is_empty() {
+        rows.extend(reconciled(tx, asked).await?);
+    }
+    if rows.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "INSERT INTO lifecycle_events AS e (id, container_id, event_type, payload, created_at, object_uid, seq, last_seq, written_by)
+         SELECT id, container_id, event_type, payload, created_at, object_uid, seq, last_seq, pg_current_xact_id()
+         FROM jsonb_populate_recordset(NULL::lifecycle_events, $1::text::jsonb)
+         ON CONFLICT (object_uid, seq) DO UPDATE SET
+             id = EXCLUDED.id, container_id = EXCLUDED.container_id, event_type = EXCLUDED.event_type, payload = EXCLUDED.payload,
+             created_at = EXCLUDED.created_at, last_seq = EXCLUDED.last_seq, written_by = EXCLUDED.written_by
+         WHERE e.id <> EXCLUDED.id OR e.written_by IS NULL OR e.xmin <> e.written_by::xid",
+        to_json(&rows)
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    Ok(())
+}
+
+/// What has to be in the database of BotContainers of which it is not known what is there. What is there and contradicts them (numbers
+/// that a restored cluster gave again, rows changed by hand) goes to the history first.
+async fn reconciled(tx: &mut PgConnection, asked: Vec<Told>) -> Result<Vec<EventRow>, Error> {
+    let of = |error| Error::of("comparing lifecycle events", error);
+    let living: Vec<_> = asked.iter().filter(|told| !told.ended && told.known.is_none()).collect();
+    let (uids, lasts): (Vec<Uuid>, Vec<i64>) =
+        living.iter().map(|told| (told.uid, told.events.last().map_or(0, |event| event.seq))).unzip();
+    let told: Vec<_> = asked.iter().flat_map(|told| &told.events).collect();
+    sqlx::query!(
+        "WITH moved AS (
+             DELETE FROM lifecycle_events e
+             USING (SELECT uid, last FROM unnest($1::uuid[], $2::bigint[]) AS w (uid, last)) w
+             WHERE e.object_uid = w.uid AND e.last_seq > w.last RETURNING e.*)
+         INSERT INTO lifecycle_events_history SELECT now(), true, true, moved.* FROM moved ON CONFLICT (id) DO NOTHING",
+        &uids,
+        &lasts
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    sqlx::query!(
+        "WITH told AS (SELECT id, object_uid, seq FROM jsonb_populate_recordset(NULL::lifecycle_events, $1::text::jsonb)),
+         moved AS (
+             DELETE FROM lifecycle_events e USING told t
+             WHERE (e.object_uid = t.object_uid AND e.seq = t.seq AND e.id <> t.id)
+                OR (e.id = t.id AND (e.object_uid, e.seq) <> (t.object_uid, t.seq))
+             RETURNING e.*)
+         INSERT INTO lifecycle_events_history SELECT now(), true, true, moved.* FROM moved
+         WHERE id NOT IN (SELECT id FROM told) ON CONFLICT (id) DO NOTHING",
+        to_json(&told)
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    // What is told again, by a cluster that only seemed to have gone back, is not beside itself in the history.
+    let ids: Vec<Uuid> = told.iter().map(|event| event.id).collect();
+    sqlx::query!("DELETE FROM lifecycle_events_history WHERE id = ANY($1)", &ids)
+        .execute(&mut *tx)
+        .await
+        .map_err(of)?;
+    let (uids, firsts): (Vec<Uuid>, Vec<i64>) = asked.iter().map(|told| (told.uid, told.first())).unzip();
+    let there = sqlx::query!(
+        r#"
+        SELECT w.uid AS "uid!",
+               coalesce(max(e.last_seq) FILTER (WHERE e.seq < w.first), 0) AS "before!",
+               coalesce(max(e.last_seq), 0) AS "last!",
+               coalesce(bool_or(e.event_type = 'deleted'), false) AS "deleted!"
+        FROM unnest($1::uuid[], $2::bigint[]) AS w (uid, first)
+        LEFT JOIN lifecycle_events e ON e.object_uid = w.uid
+        GROUP BY w.uid
+        "#,
+        &uids,
+        &firsts
+    )
+    .fetch_all(&mut *tx)
+    .await
+    .map_err(of)?;
+    let mut there: HashMap<Uuid, _> =
+        there.into_iter().map(|row| (row.uid, (row.before, row.last, row.deleted))).collect();
+    let now = Timestamp::now();
+    Ok(asked
+        .into_iter()
+        .flat_map(|told| {
+            let (before, last, deleted) = there.remove(&told.uid).unwrap_or_default();
+            told.rows(before, last, deleted, now)
+        })
+        .collect())
+}
+
+/// Takes bots out of the tables of which nothing is there any more.
+async fn gone(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
+    let of = |error| Error::of("moving rows to the history", error);
+    let gone = changes.iter().filter(|change| change.rows.is_none());
+    let (ids, retained): (Vec<String>, Vec<bool>) =
+        gone.map(|change| (change.container_id.clone(), change.retained())).unzip();
+    if ids.is_empty() {
+        return Ok(());
+    }
+    sqlx::query!(
+        "WITH gone AS (DELETE FROM lifecycle_events WHERE container_id = ANY($1) RETURNING *)
+         INSERT INTO lifecycle_events_history
+         SELECT now(), e.retained, false, gone.* FROM gone
+         JOIN unnest($1::text[], $2::bool[]) e (container_id, retained) USING (container_id)
+         ON CONFLICT (id) DO UPDATE SET gone_at = EXCLUDED.gone_at, superseded = false",
+        &ids,
+        &retained
+    )
+    .execute(&mut *tx)
+    .await
+    .map_err(of)?;
+    sqlx::query!("DELETE FROM containers WHERE container_id = ANY($1)", &ids).execute(&mut *tx).await.map_err(of)?;
+    Ok(())
+}
