@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use berth::api::{AGENT, BotContainer, BotNode, BotRecord, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
+use berth::api::{AGENT, BotContainer, BotNode, BotRecord, BotSnapshot, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
@@ -208,6 +208,13 @@ impl Cluster {
             let none = json!({"metadata": {"finalizers": null}});
             let _ = api.patch(&bot.name_any(), &PatchParams::default(), &Patch::Merge(&none)).await;
         }
+        let snapshots: Api<BotSnapshot> = Api::all(self.client.clone());
+        for snapshot in snapshots.list(&ListParams::default()).await.unwrap() {
+            let api: Api<BotSnapshot> = Api::namespaced(self.client.clone(), &snapshot.namespace().unwrap());
+            let _ = api.delete(&snapshot.name_any(), &DeleteParams::default()).await;
+            let none = json!({"metadata": {"finalizers": null}});
+            let _ = api.patch(&snapshot.name_any(), &PatchParams::default(), &Patch::Merge(&none)).await;
+        }
         let records: Api<BotRecord> = Api::all(self.client.clone());
         for record in records.list(&ListParams::default()).await.unwrap() {
             let api: Api<BotRecord> = Api::namespaced(self.client.clone(), &record.namespace().unwrap());
@@ -254,15 +261,20 @@ impl Cluster {
 
     /// Starts a controller; it is killed when dropped.
     pub async fn controller(&self) -> Controller {
-        self.start(&SERVERS.get().unwrap().kubeconfig).await
+        self.start(&SERVERS.get().unwrap().kubeconfig, &[]).await
+    }
+
+    /// One with more arguments.
+    pub async fn controller_with(&self, arguments: &[&str]) -> Controller {
+        self.start(&SERVERS.get().unwrap().kubeconfig, arguments).await
     }
 
     /// One that speaks to the API server through a proxy.
     pub async fn controller_through(&self, proxy: &Proxy) -> Controller {
-        self.start(Path::new(proxy.kubeconfig())).await
+        self.start(Path::new(proxy.kubeconfig()), &[]).await
     }
 
-    async fn start(&self, kubeconfig: &Path) -> Controller {
+    async fn start(&self, kubeconfig: &Path, arguments: &[&str]) -> Controller {
         let servers = SERVERS.get().unwrap();
         let port = free_port();
         let log = servers.root.join(format!("{}-{port}.log", self.leader));
@@ -271,6 +283,7 @@ impl Cluster {
             .args(["controller", "--log-filter", "info,berth=debug", "--cluster-cidr", "10.208.0.0/20"])
             .args(["--leader-name", &self.leader, "--health-address", &format!("127.0.0.1:{port}")])
             .args(["--leader-lease-seconds", "3", "--leader-renew-seconds", "2", "--leader-retry-seconds", "1"])
+            .args(arguments)
             .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null())
             .stdout(file.try_clone().unwrap())
