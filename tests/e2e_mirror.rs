@@ -167,7 +167,7 @@ async fn a_bots_rows_are_what_its_objects_say_from_its_first_to_its_last() {
     let bot = scene.bot("web", json!({"botId": BOT_ID, "data": {"path": "/work"}})).await;
     let id = format!("{}.{BOT_ID}", cluster.namespace);
     database.gives("SELECT status FROM containers", &["created"]).await;
-    assert_eq!(database.texts("SELECT container_id FROM containers").await, [id.clone()]);
+    assert_eq!(database.texts("SELECT container_id FROM containers").await, std::slice::from_ref(&id));
 
     scene.says("web", "Running", &["scheduled", "pulled", "created", "started"]).await;
     database.gives("SELECT status FROM containers", &["running"]).await;
@@ -299,7 +299,7 @@ async fn a_resync_repairs_what_anybody_changed_and_rewrites_nothing_else() {
             .map(|row| row.split_once(' ').unwrap().1.split_once(' ').unwrap().1.rsplit_once(',').unwrap().0.to_owned())
             .collect()
     };
-    let a = format!("(SELECT container_id FROM containers WHERE object_name = 'a')");
+    let a = "(SELECT container_id FROM containers WHERE object_name = 'a')";
     for spoiled in [
         "UPDATE containers SET status = 'error' WHERE object_name = 'a'".to_owned(),
         "UPDATE containers SET hash = 0 WHERE object_name = 'a'".to_owned(),
@@ -311,13 +311,13 @@ async fn a_resync_repairs_what_anybody_changed_and_rewrites_nothing_else() {
         format!("BEGIN; UPDATE container_versions SET version = 3 - version WHERE container_id = {a}; COMMIT"),
         "DELETE FROM container_versions".to_owned(),
         format!("INSERT INTO container_versions SELECT gen_random_uuid(), container_id, snapshot_id, 90 + version, now() FROM container_versions WHERE container_id = {a}"),
-        format!("INSERT INTO snapshots SELECT gen_random_uuid(), container_id, 'x', 'x', 'x', 'x', 'x', now(), 'x', 'x', NULL, NULL, NULL, NULL, 1, 1, 1, NULL, NULL, '[]', 1, 1, 0 FROM containers WHERE object_name = 'a'"),
+        "INSERT INTO snapshots SELECT gen_random_uuid(), container_id, 'x', 'x', 'x', 'x', 'x', now(), 'x', 'x', NULL, NULL, NULL, NULL, 1, 1, 1, NULL, NULL, '[]', 1, 1, 0 FROM containers WHERE object_name = 'a'".to_owned(),
         "DELETE FROM lifecycle_events WHERE event_type = 'pulled'".to_owned(),
         "UPDATE lifecycle_events SET payload = '{\"mine\": 1}' WHERE event_type = 'started'".to_owned(),
         "UPDATE lifecycle_events SET seq = 70, last_seq = 70 WHERE event_type = 'created'".to_owned(),
         "UPDATE lifecycle_events SET container_id = 'x.y' WHERE event_type = 'created'".to_owned(),
         "DELETE FROM lifecycle_events WHERE event_type = 'snapshot_create'".to_owned(),
-        format!("INSERT INTO lifecycle_events SELECT gen_random_uuid(), container_id, 'mine', '{{}}', now(), object_uid, 90, 90 FROM containers WHERE object_name = 'a'"),
+        "INSERT INTO lifecycle_events SELECT gen_random_uuid(), container_id, 'mine', '{}', now(), object_uid, 90, 90 FROM containers WHERE object_name = 'a'".to_owned(),
         "INSERT INTO containers SELECT gen_random_uuid(), bot_id, 'nobody.s', 'x', 'x', 'running', 'x', true, '/', now(), now(), NULL, NULL, NULL, 'x', 'x', 'x', NULL, NULL, NULL, NULL, NULL, 0, NULL, NULL, '[]', 1, 1, 1, 0, 1, 0, 0, 0 FROM containers LIMIT 1".to_owned(),
         "BEGIN; DELETE FROM container_versions; DELETE FROM snapshots; DELETE FROM containers; DELETE FROM lifecycle_events; COMMIT".to_owned(),
         "DELETE FROM berth_mirror".to_owned(),

@@ -3,6 +3,7 @@
 //! ```text
 //! bots.rs     ours: apply, and a watch that says when      server.rs   writes, as the API server counts them
 //! versions.rs ours: freezes, rollbacks, what is kept
+//! mirror.rs   ours: rows in PostgreSQL
 //! ctr.rs      the peer: `ctr` on the same containerd       machine.rs  processes and machine, as the kernel tells
 //! report.rs   percentiles, the table, report.json
 //! ```
@@ -14,6 +15,7 @@
 mod bots;
 mod ctr;
 mod machine;
+mod mirror;
 mod report;
 mod server;
 mod versions;
@@ -31,6 +33,7 @@ use tokio::time::{Instant, sleep};
 use bots::{Bots, Start};
 use ctr::{Ctr, Life};
 use machine::{Machine, Part};
+use mirror::Mirror;
 use report::{Better, Figure, Samples};
 use server::Writes;
 use versions::Versions;
@@ -82,7 +85,7 @@ impl Place {
 }
 
 /// The groups of figures.
-const GROUPS: [&str; 6] = ["lives", "bursts", "writes", "rest", "freezes", "keeps"];
+const GROUPS: [&str; 7] = ["lives", "bursts", "writes", "rest", "freezes", "keeps", "mirror"];
 
 /// What of them is measured: those that the command line names, else all.
 struct Asked(Vec<String>);
@@ -107,11 +110,11 @@ async fn main() -> anyhow::Result<()> {
     let place = Place::from_env().await?;
     let machine = Machine::read()?;
     let namespace = "bench";
-    let object = Namespace {
-        metadata: ObjectMeta { name: Some(namespace.to_owned()), ..ObjectMeta::default() },
-        ..Namespace::default()
-    };
-    Api::<Namespace>::all(place.client.clone()).create(&PostParams::default(), &object).await?;
+    for name in [namespace, "mirror"] {
+        let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
+        let object = Namespace { metadata, ..Namespace::default() };
+        Api::<Namespace>::all(place.client.clone()).create(&PostParams::default(), &object).await?;
+    }
     let bots = Bots::watch(&place.client, namespace, &place.image).await?;
     let ctr = Ctr::new(&place.dir, &place.containerd, &place.image).await?;
 
@@ -136,6 +139,9 @@ async fn main() -> anyhow::Result<()> {
     }
     if asked.has("rest") {
         figures.extend(at_rest(&place, &bots).await?);
+    }
+    if asked.has("mirror") {
+        figures.extend(mirror::figures(&Mirror::new(&place, "mirror")?).await?);
     }
 
     let machine = machine.ended()?;

@@ -265,6 +265,7 @@ impl Cluster {
     }
 
     /// One with more arguments.
+    #[allow(dead_code, reason = "not every suite needs it")]
     pub async fn controller_with(&self, arguments: &[&str]) -> Controller {
         self.start(&SERVERS.get().unwrap().kubeconfig, arguments).await
     }

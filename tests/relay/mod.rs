@@ -85,8 +85,7 @@ async fn pump(
     answer: bool,
 ) {
     let mut piece = vec![0; 64 * 1024];
-    loop {
-        let Ok(n) = from.read(&mut piece).await else { break };
+    while let Ok(n) = from.read(&mut piece).await {
         passes(&modes, answer).await;
         if n == 0 || to.write_all(&piece[..n]).await.is_err() {
             break;

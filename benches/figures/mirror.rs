@@ -1,0 +1,313 @@
+//! What the mirror costs: 10,000 bots into an empty database and again into one that is right, how far it lags behind a stream of
+//! changes, and the memory of a controller that has it.
+//!
+//! The bots are bound to a node that is played here, and so is what its agent says; PostgreSQL itself tells when a row was committed
+//! (`track_commit_timestamp`) and how long a look at all rows took.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use berth::api::{AGENT, BotContainer, BotContainerSpec, BotNode, NODE_LEASE_NAMESPACE};
+use futures::{StreamExt as _, TryStreamExt as _, stream};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, Client, ResourceExt as _};
+use serde_json::{Value, json};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection, Row as _};
+use tokio::time::{Instant, sleep};
+
+use crate::Place;
+use crate::machine;
+use crate::report::{Better, Figure, Samples};
+
+/// Bots in the mirror.
+const BOTS: usize = 10_000;
+/// Looks at all rows that are right.
+const LOOKS: usize = 5;
+/// Changes a second, and for how long.
+const RATE: u32 = 500;
+const STREAM: Duration = Duration::from_secs(20);
+/// Longer than anything takes that works.
+const LIMIT: Duration = Duration::from_secs(600);
+/// How many calls of the API server are under way.
+const CALLS: usize = 32;
+const NODE: &str = "played";
+
+/// What it takes.
+pub struct Mirror<'a> {
+    place: &'a Place,
+    bots: Api<BotContainer>,
+    image: String,
+    database: PgConnectOptions,
+    url: String,
+}
+
+impl<'a> Mirror<'a> {
+    pub fn new(place: &'a Place, namespace: &str) -> anyhow::Result<Self> {
+        let url = std::env::var("BERTH_BENCH_DATABASE_URL")
+            .context("BERTH_BENCH_DATABASE_URL is not set; run `make bench`")?;
+        Ok(Self {
+            place,
+            bots: Api::namespaced(place.client.clone(), namespace),
+            image: place.image.clone(),
+            database: url.parse()?,
+            url,
+        })
+    }
+
+    async fn query(&self, sql: &str) -> anyhow::Result<Vec<sqlx::postgres::PgRow>> {
+        let mut conn: PgConnection = self.database.connect().await?;
+        Ok(sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut conn).await?)
+    }
+
+    /// Seconds that the last look at all rows took, once there is one after `synced`; and when it ended.
+    async fn look(&self, synced: Option<String>) -> anyhow::Result<(f64, Option<String>)> {
+        let began = Instant::now();
+        loop {
+            let rows =
+                self.query("SELECT extract(epoch FROM synced - since)::float8, synced::text FROM berth_mirror").await;
+            if let Ok(rows) = rows
+                && let Some(row) = rows.first()
+                && let (Some(took), ended) = (row.get::<Option<f64>, _>(0), row.get::<Option<String>, _>(1))
+                && ended != synced
+            {
+                return Ok((took, ended));
+            }
+            anyhow::ensure!(began.elapsed() < LIMIT, "the mirror has not looked at all rows within {LIMIT:?}");
+            sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// A controller that leads on its own Lease, beside the one that the cluster has.
+    async fn controller(&self, mirror: bool) -> anyhow::Result<Controller> {
+        let log = self.place.dir.join("mirror-controller.log");
+        let mut command = Command::new(&self.place.binary);
+        command.args(["controller", "--leader-name", "bench-mirror", "--health-address", "127.0.0.1:0"]);
+        if mirror {
+            command.args(["--database-url", &self.url]);
+        }
+        let file = File::create(&log)?;
+        let child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?;
+        let controller = Controller { child, log };
+        controller.says("leading").await?;
+        Ok(controller)
+    }
+
+    async fn make(&self) -> anyhow::Result<()> {
+        crate::say(&format!("{BOTS} bots"));
+        let nodes: Api<BotNode> = Api::all(self.place.client.clone());
+        let params = PatchParams::apply(AGENT).force();
+        let body =
+            json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotNode", "metadata": {"name": NODE}, "spec": {}});
+        nodes.patch(NODE, &params, &Patch::Apply(&body)).await?;
+        beat(&self.place.client).await?;
+        let room = json!({"cpu": "100000", "memory": "1000Ti", "bots": "100000"});
+        let ready = json!({"type": "Ready", "status": "True", "reason": "AgentReady", "message": "", "lastTransitionTime": TIME});
+        let body = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotNode", "metadata": {"name": NODE},
+            "status": {"snapshotters": ["overlayfs"], "runtimeHandlers": ["runc"], "allocatable": room, "capacity": room,
+                "conditions": [ready]}});
+        nodes.patch_status(NODE, &params, &Patch::Apply(&body)).await?;
+        let made = stream::iter(0..BOTS).map(|i| async move {
+            let spec: BotContainerSpec = serde_json::from_value(json!({"image": self.image, "nodeName": NODE}))?;
+            self.bots.create(&PostParams::default(), &BotContainer::new(&name(i), spec)).await?;
+            anyhow::Ok(())
+        });
+        made.buffer_unordered(CALLS).try_collect::<Vec<_>>().await?;
+        // Bound by the cluster's own controller.
+        let began = Instant::now();
+        loop {
+            beat(&self.place.client).await?;
+            let bound = self.query_bound().await?;
+            if bound == BOTS {
+                break;
+            }
+            anyhow::ensure!(began.elapsed() < LIMIT, "{bound} of {BOTS} bots are bound after {LIMIT:?}");
+            sleep(Duration::from_secs(2)).await;
+        }
+        crate::say("what their agent says of them");
+        let said = stream::iter(0..BOTS).map(|i| async move {
+            let body = says(&name(i), 4);
+            self.bots.patch_status(&name(i), &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await?;
+            anyhow::Ok(())
+        });
+        said.buffer_unordered(CALLS).try_collect::<Vec<_>>().await?;
+        beat(&self.place.client).await
+    }
+
+    async fn query_bound(&self) -> anyhow::Result<usize> {
+        let params = ListParams::default().fields(&format!("status.nodeName={NODE}"));
+        let listed = Api::<BotContainer>::all(self.place.client.clone()).list_metadata(&params).await?;
+        Ok(listed.items.len())
+    }
+
+    async fn clear(&self) -> anyhow::Result<()> {
+        let names = self.bots.list_metadata(&ListParams::default().fields(&format!("status.nodeName={NODE}"))).await?;
+        let removed = stream::iter(names.items).map(|bot| async move {
+            let name = bot.name_any();
+            let none = json!({"metadata": {"finalizers": null}});
+            self.bots.delete(&name, &DeleteParams::default()).await?;
+            match self.bots.patch(&name, &PatchParams::default(), &Patch::Merge(&none)).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+                done => done.map(drop),
+            }
+        });
+        removed.buffer_unordered(CALLS).try_collect::<Vec<_>>().await?;
+        Api::<BotNode>::all(self.place.client.clone()).delete(NODE, &DeleteParams::default()).await?;
+        Ok(())
+    }
+
+    /// Changes bots for a while; how far behind each row was, in milliseconds, and the rate that was kept.
+    async fn stream(&self) -> anyhow::Result<(Samples, f64)> {
+        crate::say(&format!("{RATE} changes a second for {STREAM:?}"));
+        let began = Instant::now();
+        let period = Duration::from_secs(1) / RATE;
+        let count = (STREAM.as_secs_f64() * f64::from(RATE)) as usize;
+        let changes = stream::iter(0..count).map(|n| async move {
+            tokio::time::sleep_until(began + period * u32::try_from(n)?).await;
+            let (bot, seq) = (name(n % BOTS), 5 + i64::try_from(n / BOTS)?);
+            let body = says(&bot, seq);
+            let done = self.bots.patch_status(&bot, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await?;
+            anyhow::Ok((done.uid().unwrap_or_default(), seq, SystemTime::now()))
+        });
+        let answered: Vec<_> = changes.buffer_unordered(CALLS * 4).try_collect().await?;
+        let rate = count as f64 / began.elapsed().as_secs_f64();
+        let mut at: HashMap<(String, i64), SystemTime> = HashMap::new();
+        for (uid, seq, when) in answered {
+            at.insert((uid, seq), when);
+        }
+        let waited = Instant::now();
+        loop {
+            let sql = "SELECT object_uid::text, seq, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM lifecycle_events WHERE seq > 4";
+            let rows = self.query(sql).await?;
+            if rows.len() >= at.len() {
+                let lags = rows.iter().filter_map(|row| {
+                    let when = at.get(&(row.get(0), row.get(1)))?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+                    // Written before the answer was here: no lag.
+                    Some((row.get::<f64, _>(2) - when.as_secs_f64()).max(0.0) * 1e3)
+                });
+                return Ok((Samples::new(lags.collect())?, rate));
+            }
+            anyhow::ensure!(waited.elapsed() < LIMIT, "{} of {} changes have no row", at.len() - rows.len(), at.len());
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+}
+
+const TIME: &str = "2026-11-24T00:00:00Z";
+
+fn name(i: usize) -> String {
+    format!("mirrored-{i}")
+}
+
+/// What an agent says of a bot that runs, after so many things happened.
+fn says(name: &str, seq: i64) -> Value {
+    let condition = |type_: &str, status: &str, reason: &str| {
+        json!({"type": type_, "status": status, "reason": reason, "message": "the process runs as asked",
+            "lastTransitionTime": TIME, "observedGeneration": 1})
+    };
+    let types = ["scheduled", "pulled", "created", "started", "paused", "resumed"];
+    let transitions: Vec<_> =
+        (1..=seq).map(|n| json!({"seq": n, "type": types[(n as usize - 1) % types.len()], "at": TIME})).collect();
+    json!({
+        "apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer", "metadata": {"name": name},
+        "status": {
+            "phase": "Running", "observedGeneration": 1, "containerId": format!("berth-{name}"), "restartCount": 0,
+            "image": {"reference": "docker.io/library/node:22", "digest": format!("sha256:{:064}", 1)},
+            "task": {"pid": 4242, "startedAt": TIME}, "network": {"ip": "10.208.3.7", "ips": ["10.208.3.7"]},
+            "conditions": [condition("Ready", "True", "AsAsked"), condition("Running", "True", "Running"),
+                condition("ImageReady", "True", "ImageReady"), condition("NetworkReady", "True", "NetworkReady")],
+            "transitions": transitions,
+        },
+    })
+}
+
+/// A heartbeat that lasts for the whole measurement.
+async fn beat(client: &Client) -> anyhow::Result<()> {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), NODE_LEASE_NAMESPACE);
+    let now = k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(k8s_openapi::jiff::Timestamp::now());
+    let body = json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": NODE},
+        "spec": {"holderIdentity": NODE, "leaseDurationSeconds": 3600, "renewTime": now}});
+    leases.patch(NODE, &PatchParams::apply(AGENT).force(), &Patch::Apply(&body)).await?;
+    Ok(())
+}
+
+struct Controller {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Controller {
+    async fn says(&self, words: &str) -> anyhow::Result<()> {
+        let began = Instant::now();
+        while !std::fs::read_to_string(&self.log)?.contains(words) {
+            anyhow::ensure!(
+                began.elapsed() < LIMIT,
+                "the controller has not said {words:?}; see {}",
+                self.log.display()
+            );
+            sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Of the process, at rest. Megabytes.
+    async fn megabytes(&self) -> anyhow::Result<f64> {
+        sleep(Duration::from_secs(5)).await;
+        Ok(machine::pss(self.child.id())? as f64 / 1e6)
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        // It gives its Lease back, so that the next need not wait.
+        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
+        let _ = self.child.wait();
+    }
+}
+
+/// All figures of the mirror.
+pub async fn figures(mirror: &Mirror<'_>) -> anyhow::Result<Vec<Figure>> {
+    mirror.make().await?;
+    crate::say("a controller without a mirror");
+    let without = mirror.controller(false).await?.megabytes().await?;
+    crate::say("all rows from nothing, then again");
+    let controller = mirror.controller(true).await?;
+    let (first, mut synced) = mirror.look(None).await?;
+    let with = controller.megabytes().await?;
+    drop(controller);
+    let mut again = Vec::new();
+    for _ in 0..LOOKS {
+        let _controller = mirror.controller(true).await?;
+        let (took, ended) = mirror.look(synced.clone()).await?;
+        synced = ended;
+        again.push(took * 1e3);
+    }
+    let (lags, rate, busy) = {
+        let controller = mirror.controller(true).await?;
+        let _ = mirror.look(synced).await?;
+        let (lags, rate) = mirror.stream().await?;
+        (lags, rate, controller.megabytes().await?)
+    };
+    mirror.clear().await?;
+    let first = Samples::new(vec![first * 1e3])?;
+    Ok(vec![
+        Figure::median("mirror_resync", "ms", Better::Lower, &first)
+            .note(format!("{BOTS} bots and 4 events of each, into empty tables")),
+        Figure::median("mirror_resync_unchanged", "ms", Better::Lower, &Samples::new(again)?)
+            .beside("mirror_resync", &first)
+            .target(0.05)
+            .note("by a controller that was just started"),
+        Figure::new("mirror_lag_p99", "ms", Better::Lower, lags.percentile(99)).target(1000.0).note(format!(
+            "{rate:.0} changes a second; p50 {:.0} ms; from the API server's answer to the commit",
+            lags.percentile(50)
+        )),
+        Figure::new("controller_rss_10k_bots", "MB", Better::Lower, with.max(busy)).target(150.0).note(format!(
+            "PSS; without the mirror {without:.1}, with it {with:.1}, after the stream of changes {busy:.1}"
+        )),
+    ])
+}
