@@ -42,6 +42,10 @@ lint: ## Formatting, clippy, documentation, and shell scripts where shellcheck i
 crds: ## Write crds/ from the types in src/api
 	@cargo run --locked --quiet -- crds --dir crds
 
+.PHONY: sqlx
+sqlx: ## Write .sqlx, sqlx's offline data, from the queries in src and from migrations/, on a PostgreSQL that it starts
+	@hack/sqlx
+
 .PHONY: docs
 docs: ## Write docs/reasons.md and docs/costs.md from the tables in src
 	@UPDATE=1 cargo test --locked --quiet --test docs page >/dev/null

@@ -465,7 +465,7 @@ struct Disk(std::path::PathBuf);
 
 impl Disk {
     fn new(size: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("berth-e2e-mirror-{}-disk", std::process::id()));
+        let dir = postgres::root().join("disk");
         std::fs::create_dir_all(&dir).unwrap();
         let options = format!("size={size},mode=0755");
         let done =
@@ -683,7 +683,7 @@ async fn a_missing_right_is_told_and_the_tables_are_made_once_it_is_given() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_is_trusted_only_with_the_certificate_that_was_asked_for() {
-    let dir = std::env::temp_dir().join(format!("berth-e2e-mirror-{}-tls", std::process::id()));
+    let dir = postgres::root().join("tls");
     std::fs::create_dir_all(&dir).unwrap();
     let openssl = |arguments: &str| {
         let done = std::process::Command::new("openssl")
@@ -737,6 +737,130 @@ async fn a_server_is_trusted_only_with_the_certificate_that_was_asked_for() {
     let encrypted =
         "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'berth-controller'";
     assert_eq!(scene.database.texts(encrypted).await, ["true"]);
-    drop(scene);
-    let _ = std::fs::remove_dir_all(&dir);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_query_in_the_documents_runs_and_finds_what_it_is_for() {
+    let scene = Scene::new().await;
+    let (cluster, database) = (&scene.cluster, &scene.database);
+    let _controller = scene.controller().await;
+    let _agent = cluster.agent(NODE, room()).await;
+    scene.bot("web", json!({"botId": "web"})).await;
+    scene.says("web", "Running", &["scheduled", "pulled", "created", "started"]).await;
+    scene.snapshot("web", "one", None).await;
+    scene.bot("ill", json!({})).await;
+    scene.says("ill", "BackOff", &["scheduled", "pulled", "created", "started", "exited"]).await;
+    scene.bot("gone", json!({"deletionPolicy": "Delete"})).await;
+    database.gives("SELECT count(*) FROM containers", &["3"]).await;
+    scene.delete("gone").await;
+    scene.says("gone", "Terminating", &["scheduled", "deleted"]).await;
+    database.gives("SELECT count(*) FROM containers_history", &["1"]).await;
+    database.gives("SELECT count(*) FROM lifecycle_events", &["10"]).await;
+    let mut found = 0;
+    for document in ["README.md", "docs/mirror.md"] {
+        let text = std::fs::read_to_string(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(document)).unwrap();
+        for block in text.split("```sql").skip(1) {
+            let query =
+                block.split("```").next().unwrap().replace("default.web", &format!("{}.web", cluster.namespace));
+            if query.trim_start().starts_with("SELECT") {
+                let rows = database.texts(&format!("SELECT row(q.*) FROM ({query}) q")).await;
+                assert!(!rows.is_empty(), "{document}: {query} finds nothing");
+            } else {
+                database.run(&query).await;
+            }
+            found += 1;
+        }
+    }
+    assert!(found >= 6, "{found} queries only: the reading of the documents is broken");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_objects_with_one_bot_id_the_row_is_the_holders() {
+    let scene = Scene::new().await;
+    let (cluster, database) = (&scene.cluster, &scene.database);
+    let controller = scene.controller_at(database.port(), 1).await;
+    let _agent = cluster.agent(NODE, room()).await;
+    scene.bot("one", json!({"botId": BOT_ID, "deletionPolicy": "Delete"})).await;
+    scene.says("one", "Running", &["scheduled"]).await;
+    cluster.bot("two", json!({"botId": BOT_ID})).await;
+    cluster.condition("two", "Ready", "False", "BotIdInUse").await;
+    let looks = controller.metric("berth_controller_mirror_resyncs").await;
+    eventually("two looks", Duration::from_secs(20), || async {
+        let now = controller.metric("berth_controller_mirror_resyncs").await;
+        if now > looks + 1.0 { Ok(()) } else { Err(now.to_string()) }
+    })
+    .await;
+    assert_eq!(database.texts("SELECT concat_ws('|', object_name, status) FROM containers").await, ["one|running"]);
+    assert!(database.texts("SELECT object_name FROM containers_history").await.is_empty());
+    scene.delete("one").await;
+    scene.says("one", "Terminating", &["scheduled", "deleted"]).await;
+    cluster.gone("one").await;
+    database.gives("SELECT object_name FROM containers", &["two"]).await;
+    database.gives("SELECT object_name FROM containers_history", &["one"]).await;
+}
+
+/// What happened after the backup is of a future that is no more: rows are what the cluster says now, and nothing is lost or twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_restored_from_yesterdays_backup_counts() {
+    for restarted in [false, true] {
+        let name = if restarted { "restored-and-restarted" } else { "restored" };
+        let scene = Scene { cluster: Cluster::own(name).await, database: Database::new().await };
+        let (cluster, database) = (&scene.cluster, &scene.database);
+        let mut controller = scene.controller().await;
+        let agent = cluster.agent(NODE, room()).await;
+        for bot in ["stays", "goes"] {
+            scene.bot(bot, json!({"deletionPolicy": "Delete"})).await;
+            scene.says(bot, "Running", &["scheduled", "pulled", "created", "started"]).await;
+        }
+        let kept = scene.snapshot("stays", "one", None).await;
+        database.gives("SELECT count(*) FROM lifecycle_events", &["9"]).await;
+        cluster.back_up("yesterday").await;
+
+        scene.says("stays", "Paused", &["scheduled", "pulled", "created", "started", "paused"]).await;
+        scene.snapshot("stays", "two", None).await;
+        scene.delete("goes").await;
+        scene.says("goes", "Terminating", &["scheduled", "pulled", "created", "started", "exited", "deleted"]).await;
+        cluster.gone("goes").await;
+        scene.bot("new", json!({})).await;
+        // Far enough for no number to be given again soon.
+        for i in 0..40 {
+            scene.says_more("new", "Running", vec![transition(1, "scheduled")], &i.to_string()).await;
+        }
+        database.gives("SELECT object_name FROM containers ORDER BY 1", &["new", "stays"]).await;
+        database.gives("SELECT object_name FROM snapshots ORDER BY 1", &["one", "two"]).await;
+        let newest = cluster.bots().get("new").await.unwrap().resource_version().unwrap();
+        database.gives("SELECT resource_version FROM containers WHERE object_name = 'new'", &[&newest]).await;
+        if restarted {
+            controller.signal("KILL");
+            let _ = controller.ended().await;
+        }
+
+        cluster.restore("yesterday").await;
+        if restarted {
+            controller = scene.controller().await;
+        }
+        database.gives("SELECT object_name FROM containers ORDER BY 1", &["goes", "stays"]).await;
+        database.gives("SELECT status FROM containers ORDER BY object_name", &["running", "running"]).await;
+        assert_eq!(database.texts("SELECT id FROM snapshots").await, [kept.uid().unwrap()]);
+        let told = "SELECT event_type FROM lifecycle_events e JOIN containers c USING (container_id) WHERE object_name = 'stays' AND e.object_uid = c.object_uid ORDER BY seq";
+        database.gives(told, &["scheduled", "pulled", "created", "started"]).await;
+        let superseded =
+            "SELECT event_type FROM lifecycle_events_history WHERE superseded ORDER BY created_at, event_type";
+        // What the future told is kept aside.
+        database
+            .gives(
+                &superseded
+                    .replace("event_type FROM", "count(*) > 0 FROM")
+                    .replace(" ORDER BY created_at, event_type", ""),
+                &["true"],
+            )
+            .await;
+        // Numbers that are given again are other events.
+        scene.says("stays", "Stopped", &["scheduled", "pulled", "created", "started", "stopped"]).await;
+        database.gives(told, &["scheduled", "pulled", "created", "started", "stopped"]).await;
+        assert_eq!(database.texts("SELECT count(*) FROM containers_history WHERE object_name = 'goes'").await, ["0"]);
+        let twice = "SELECT count(*) FROM lifecycle_events JOIN lifecycle_events_history USING (id)";
+        assert_eq!(database.texts(twice).await, ["0"]);
+        drop((controller, agent));
+    }
 }

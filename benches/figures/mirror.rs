@@ -88,12 +88,13 @@ impl<'a> Mirror<'a> {
         let log = self.place.dir.join("mirror-controller.log");
         let mut command = Command::new(&self.place.binary);
         command.args(["controller", "--leader-name", "bench-mirror", "--health-address", "127.0.0.1:0"]);
+        command.env_remove("DATABASE_URL");
         if mirror {
             command.args(["--database-url", &self.url]);
         }
         let file = File::create(&log)?;
         let child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?;
-        let controller = Controller { child, log };
+        let mut controller = Controller { child, log };
         controller.says("leading").await?;
         Ok(controller)
     }
@@ -242,9 +243,12 @@ struct Controller {
 }
 
 impl Controller {
-    async fn says(&self, words: &str) -> anyhow::Result<()> {
+    async fn says(&mut self, words: &str) -> anyhow::Result<()> {
         let began = Instant::now();
         while !std::fs::read_to_string(&self.log)?.contains(words) {
+            if let Some(ended) = self.child.try_wait()? {
+                anyhow::bail!("the controller ended with {ended}; see {}", self.log.display());
+            }
             anyhow::ensure!(
                 began.elapsed() < LIMIT,
                 "the controller has not said {words:?}; see {}",

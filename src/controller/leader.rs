@@ -18,6 +18,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{Api, PostParams};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::api::CONTROLLER;
 
@@ -123,12 +124,20 @@ pub struct Elector {
     leadership: Leadership,
     /// The Lease as last seen, and since when it is so.
     seen: Option<(Lease, Instant)>,
+    /// Cancelled when the Lease is older than it was.
+    went_back: CancellationToken,
 }
 
 impl Elector {
     /// `me` must be another in each process, also in two that follow each other.
     pub fn new(api: Api<Lease>, name: String, me: String, leadership: Leadership) -> Self {
-        Self { api, name, me, times: leadership.times, leadership, seen: None }
+        Self { api, name, me, times: leadership.times, leadership, seen: None, went_back: CancellationToken::new() }
+    }
+
+    /// Cancelled when the cluster went back: its etcd was restored from a backup. All that was seen is of a future that is no more,
+    /// and a watch that goes on where it was leaves out all that is written from then on until its number is reached again.
+    pub fn went_back(&self) -> CancellationToken {
+        self.went_back.clone()
     }
 
     /// Tries until this replica leads. Cancel-safe: a Lease taken by a write that nobody waited for is ours to renew.
@@ -242,7 +251,7 @@ impl Elector {
                 self.leadership.set(Some(sent));
                 Ok(true)
             }
-            Err(kube::Error::Api(status)) if status.code == 409 => {
+            Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => {
                 // Ours written before, its answer lost, or another's: the live one tells.
                 self.look().await?;
                 Ok(false)
@@ -254,11 +263,28 @@ impl Elector {
     async fn look(&mut self) -> Result<(), kube::Error> {
         let live = self.api.get_opt(&self.name).await?;
         let now = Instant::now();
+        if is_older(live.as_ref(), self.seen.as_ref().map(|(lease, _)| lease)) {
+            tracing::warn!(
+                lease = self.name,
+                "the leader Lease is older than it was: the cluster was restored from a backup"
+            );
+            self.went_back.cancel();
+        }
         self.seen = live.map(|lease| match self.seen.take() {
             Some((before, since)) if before.spec == lease.spec => (lease, since),
             _ => (lease, now),
         });
         Ok(())
+    }
+}
+
+/// Whether a Lease is older than it was seen before, or is not there any more. Pure.
+fn is_older(live: Option<&Lease>, seen: Option<&Lease>) -> bool {
+    let version = |lease: &Lease| lease.metadata.resource_version.as_deref().and_then(|v| v.parse::<u128>().ok());
+    match (live, seen) {
+        (Some(live), Some(seen)) => version(live) < version(seen),
+        (None, Some(_)) => true,
+        (_, None) => false,
     }
 }
 
@@ -311,6 +337,25 @@ mod tests {
         assert_eq!(leadership.write_until(at(10)), None);
         leadership.set(None);
         assert_eq!(leadership.write_until(start), None);
+    }
+
+    #[test]
+    fn a_lease_that_is_older_than_it_was_is_a_restored_one() {
+        let at = |version: &str| {
+            let mut lease = Lease::default();
+            lease.metadata.resource_version = Some(version.into());
+            lease
+        };
+        for (live, seen, wanted) in [
+            (None, None, false),
+            (Some(at("9")), None, false),
+            (Some(at("9")), Some(at("9")), false),
+            (Some(at("10")), Some(at("9")), false),
+            (Some(at("9")), Some(at("10")), true),
+            (None, Some(at("9")), true),
+        ] {
+            assert_eq!(is_older(live.as_ref(), seen.as_ref()), wanted, "{live:?} after {seen:?}");
+        }
     }
 
     #[test]

@@ -70,7 +70,7 @@ use error::Error;
 use event::Events;
 use leader::{Elector, Leadership, Times};
 use metrics::Metrics;
-use mirror::DatabaseUrl;
+use mirror::{DatabaseUrl, MaybeDatabaseUrl};
 use queue::Queue;
 use world::World;
 
@@ -125,7 +125,7 @@ pub struct ControllerArgs {
     /// A PostgreSQL (13 or newer) that is to have rows for other programs to read, as
     /// postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=verify-full; TLS modes are libpq's. Without it there are none.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
-    database_url: Option<DatabaseUrl>,
+    database_url: Option<MaybeDatabaseUrl>,
 
     /// After how many seconds all rows are compared with the objects again, and those that somebody changed are repaired.
     #[arg(long, env = "BERTH_DATABASE_RESYNC_SECONDS", value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86_400))]
@@ -282,6 +282,22 @@ fn merge_params() -> PatchParams {
 /// Runs the controller until `stop`: watches, and leads whenever it can. The cluster is that of `KUBECONFIG`, or the one
 /// it runs in. Ends early only when it can't begin, or when a task that must not end does.
 pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Result<()> {
+    while let End::WentBack = run_once(args.clone(), &stop).await? {
+        tracing::warn!("begins anew: the cluster was restored from a backup");
+    }
+    Ok(())
+}
+
+/// How a run came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// As it was told to.
+    Stopped,
+    /// What was seen of the cluster is of no use any more.
+    WentBack,
+}
+
+async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Result<End> {
     let pool = Pool::new(args.cluster_cidr, args.node_cidr_mask_size)?;
     let times = Times {
         lease: Duration::from_secs(args.leader_lease_seconds),
@@ -290,6 +306,7 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
     }
     .check()?;
     let client = crate::client::connect().await?;
+    let database = args.database_url.and_then(|MaybeDatabaseUrl(url)| url);
 
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
@@ -299,7 +316,7 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
     let me = identity();
     let context = Arc::new(Context {
         client: client.clone(),
-        world: Mutex::new(World::new(args.database_url.is_some())),
+        world: Mutex::new(World::new(database.is_some())),
         queue: Queue::default(),
         leadership: leadership.clone(),
         events,
@@ -342,10 +359,11 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
 
     let leases = Api::namespaced(client, &args.leader_namespace);
     let mut elector = Elector::new(leases, args.leader_name.clone(), me, leadership);
+    let went_back = elector.went_back();
     let ended = tokio::select! {
         // Cancel-safe: a watch channel keeps its value.
         done = lists.wait_for(|n| *n >= needed) => done.map(drop).context("the watches ended"),
-        Some(ended) = tasks.join_next() => unplanned(ended, &stop),
+        Some(ended) = tasks.join_next() => unplanned(ended, stop),
         () = stop.cancelled() => Ok(()),
     };
     let ended = match ended {
@@ -354,10 +372,10 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
             health.set_ready(true);
             let crew = Crew {
                 workers: usize::from(args.workers),
-                database: args.database_url,
+                database,
                 resync: Duration::from_secs(args.database_resync_seconds),
             };
-            lead(&context, &mut elector, &crew, &mut tasks, &stop).await
+            lead(&context, &mut elector, &crew, &mut tasks, stop).await
         }
         other => other,
     };
@@ -366,7 +384,7 @@ pub async fn run(args: ControllerArgs, stop: CancellationToken) -> anyhow::Resul
     told.cancel();
     let _ = tokio::time::timeout(FINISH, publisher).await;
     tasks.shutdown().await;
-    ended
+    ended.map(|()| if stop.is_cancelled() || !went_back.is_cancelled() { End::Stopped } else { End::WentBack })
 }
 
 fn unplanned(
@@ -414,11 +432,13 @@ async fn lead(
     tasks: &mut JoinSet<anyhow::Result<()>>,
     stop: &CancellationToken,
 ) -> anyhow::Result<()> {
+    let went_back = elector.went_back();
     loop {
         tokio::select! {
             // Cancel-safe, as the Elector says.
             () = elector.acquire() => {}
             Some(ended) = tasks.join_next() => return unplanned(ended, stop),
+            () = went_back.cancelled() => return Ok(()),
             () = stop.cancelled() => return Ok(()),
         }
         tracing::info!("leading");
@@ -431,6 +451,7 @@ async fn lead(
             () = elector.hold() => None,
             Some(ended) = tasks.join_next() => Some(unplanned(ended, stop)),
             died = crew.join_next() => Some(Err(anyhow::anyhow!("a worker ended: {died:?}"))),
+            () = went_back.cancelled() => Some(Ok(())),
             () = stop.cancelled() => Some(Ok(())),
         };
         // Whoever is in the middle of a reconcile ends it; without the Lease its writes are refused.

@@ -637,8 +637,10 @@ impl World {
             .collect();
         let holder =
             self.records.get(id).and_then(|record| record.spec.holder.as_ref().map(|holder| holder.uid.as_str()));
-        // The holder, else the oldest.
-        bots.sort_by_key(|(name, bot)| (bot.uid().as_deref() != holder, bot.creation_timestamp(), name.clone()));
+        // The one that is bound, until it is gone; else the holder, else the oldest.
+        bots.sort_by_key(|(name, bot)| {
+            (bound_to(bot).is_none(), bot.uid().as_deref() != holder, bot.creation_timestamp(), name.clone())
+        });
         let tail = |name: &Name| self.mirrored.as_ref().and_then(|m| m.tails.get(name)).cloned().unwrap_or_default();
         let kept = self.kept.get(id).into_iter().flatten();
         mirror::Bot {

@@ -8,8 +8,8 @@ use std::future::Future;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use berth::api::{AGENT, BotContainer, BotNode, BotRecord, BotSnapshot, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
@@ -29,9 +29,12 @@ pub const NODE_LEASE: i32 = 3;
 struct Servers {
     kubeconfig: PathBuf,
     root: PathBuf,
+    etcd: Vec<String>,
+    apiserver: Vec<String>,
+    pids: Mutex<Vec<u32>>,
 }
 
-static SERVERS: OnceLock<Servers> = OnceLock::new();
+static SERVERS: OnceLock<Arc<Servers>> = OnceLock::new();
 static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -54,9 +57,9 @@ fn assets() -> PathBuf {
     found.pop().expect("no control plane was built")
 }
 
-/// Starts a server that dies with this process.
-fn spawn(root: &Path, name: &str, program: &Path, args: &[String]) {
-    let log = std::fs::File::create(root.join(format!("{name}.log"))).unwrap();
+/// Starts a server that dies with this process; its pid.
+fn spawn(root: &Path, name: &str, program: &Path, args: &[String]) -> u32 {
+    let log = std::fs::File::options().create(true).append(true).open(root.join(format!("{name}.log"))).unwrap();
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL"]).arg(program).args(args);
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
@@ -64,55 +67,44 @@ fn spawn(root: &Path, name: &str, program: &Path, args: &[String]) {
     // The signal comes at the death of the thread that forked, so that one stays.
     std::thread::spawn(move || {
         let mut child = command.spawn().expect("setpriv is missing");
-        sender.send(()).unwrap();
+        sender.send(child.id()).unwrap();
         let _ = child.wait();
         loop {
             std::thread::park();
         }
     });
-    started.recv().unwrap();
+    started.recv().unwrap()
 }
 
-fn start_servers() -> Servers {
-    let assets = assets();
-    let root = std::env::temp_dir().join(format!("berth-e2e-controller-{}", std::process::id()));
+fn start_servers(name: &str) -> Arc<Servers> {
+    let root = std::env::temp_dir().join(format!("berth-e2e-{name}-{}", std::process::id()));
     std::fs::create_dir_all(&root).unwrap();
     let (etcd, peer, port) = (free_port(), free_port(), free_port());
     let dir = |name: &str| root.join(name).display().to_string();
-    spawn(
-        &root,
-        "etcd",
-        &assets.join("etcd"),
-        &[
-            format!("--data-dir={}", dir("etcd")),
-            format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
-            format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
-            format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
-            "--log-level=error".into(),
-        ],
-    );
+    let etcd_args = vec![
+        format!("--data-dir={}", dir("etcd")),
+        format!("--listen-client-urls=http://127.0.0.1:{etcd}"),
+        format!("--advertise-client-urls=http://127.0.0.1:{etcd}"),
+        format!("--listen-peer-urls=http://127.0.0.1:{peer}"),
+        "--log-level=error".into(),
+    ];
     let made = Command::new("openssl").args(["genrsa", "-out", &dir("sa.key"), "2048"]).output().unwrap();
     assert!(made.status.success(), "openssl: {made:?}");
     std::fs::write(root.join("tokens.csv"), "admin-token,admin,admin,system:masters\n").unwrap();
-    spawn(
-        &root,
-        "kube-apiserver",
-        &assets.join("kube-apiserver"),
-        &[
-            format!("--etcd-servers=http://127.0.0.1:{etcd}"),
-            "--bind-address=127.0.0.1".into(),
-            "--endpoint-reconciler-type=none".into(),
-            format!("--secure-port={port}"),
-            format!("--cert-dir={}", dir("certs")),
-            format!("--token-auth-file={}", dir("tokens.csv")),
-            format!("--service-account-key-file={}", dir("sa.key")),
-            format!("--service-account-signing-key-file={}", dir("sa.key")),
-            "--service-account-issuer=https://kubernetes.default.svc".into(),
-            "--service-cluster-ip-range=10.0.0.0/24".into(),
-            "--authorization-mode=RBAC".into(),
-            "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition".into(),
-        ],
-    );
+    let apiserver_args = vec![
+        format!("--etcd-servers=http://127.0.0.1:{etcd}"),
+        "--bind-address=127.0.0.1".into(),
+        "--endpoint-reconciler-type=none".into(),
+        format!("--secure-port={port}"),
+        format!("--cert-dir={}", dir("certs")),
+        format!("--token-auth-file={}", dir("tokens.csv")),
+        format!("--service-account-key-file={}", dir("sa.key")),
+        format!("--service-account-signing-key-file={}", dir("sa.key")),
+        "--service-account-issuer=https://kubernetes.default.svc".into(),
+        "--service-cluster-ip-range=10.0.0.0/24".into(),
+        "--authorization-mode=RBAC".into(),
+        "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition".into(),
+    ];
     let kubeconfig = root.join("kubeconfig");
     std::fs::write(
         &kubeconfig,
@@ -126,7 +118,38 @@ fn start_servers() -> Servers {
         .to_string(),
     )
     .unwrap();
-    Servers { kubeconfig, root }
+    let servers = Servers { kubeconfig, root, etcd: etcd_args, apiserver: apiserver_args, pids: Mutex::default() };
+    servers.start();
+    Arc::new(servers)
+}
+
+impl Servers {
+    fn start(&self) {
+        let assets = assets();
+        let etcd = spawn(&self.root, "etcd", &assets.join("etcd"), &self.etcd);
+        let apiserver = spawn(&self.root, "kube-apiserver", &assets.join("kube-apiserver"), &self.apiserver);
+        *self.pids.lock().unwrap() = vec![apiserver, etcd];
+    }
+
+    /// Kills both, as a machine that fails does; which they were.
+    fn kill(&self) -> Vec<u32> {
+        let pids: Vec<u32> = self.pids.lock().unwrap().drain(..).collect();
+        for pid in &pids {
+            let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
+        }
+        pids
+    }
+
+    /// Kills both and waits until they are gone.
+    async fn end(&self) {
+        for pid in self.kill() {
+            eventually("the end of a server", Duration::from_secs(20), || async move {
+                let gone = !Path::new(&format!("/proc/{pid}/fd/0")).exists();
+                gone.then_some(()).ok_or(format!("{pid} lives"))
+            })
+            .await;
+        }
+    }
 }
 
 /// Waits for a state and says what was last seen.
@@ -149,23 +172,76 @@ pub struct Cluster {
     pub client: Client,
     pub namespace: String,
     leader: String,
+    servers: Arc<Servers>,
     _turn: tokio::sync::MutexGuard<'static, ()>,
 }
 
 impl Cluster {
     pub async fn turn() -> Self {
         let turn = TURN.lock().await;
+        Self::on(SERVERS.get_or_init(|| start_servers("controller")).clone(), turn).await
+    }
+
+    /// A turn on a control plane of its own.
+    #[allow(dead_code, reason = "not every suite needs it")]
+    pub async fn own(name: &str) -> Self {
+        let turn = TURN.lock().await;
+        Self::on(start_servers(name), turn).await
+    }
+
+    /// Keeps what etcd has now under a name.
+    #[allow(dead_code, reason = "not every suite needs it")]
+    pub async fn back_up(&self, name: &str) {
+        self.servers.end().await;
+        self.copy("etcd", name);
+        self.servers.start();
+        self.serves().await;
+    }
+
+    /// Makes etcd what it was when it was kept under that name.
+    #[allow(dead_code, reason = "not every suite needs it")]
+    pub async fn restore(&self, name: &str) {
+        self.servers.end().await;
+        std::fs::remove_dir_all(self.servers.root.join("etcd")).unwrap();
+        self.copy(name, "etcd");
+        self.servers.start();
+        self.serves().await;
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        let done =
+            Command::new("cp").arg("-a").arg(self.servers.root.join(from)).arg(self.servers.root.join(to)).status();
+        assert!(done.unwrap().success());
+    }
+
+    async fn serves(&self) {
+        eventually("kube-apiserver", Duration::from_secs(60), || async {
+            let bots = self.client.request_text(http_get("/apis/berth.dev/v1alpha1/botcontainers")).await;
+            bots.map(drop).map_err(|e| {
+                let log = std::fs::read_to_string(self.servers.root.join("kube-apiserver.log")).unwrap_or_default();
+                format!("{e}; its log ends: {}", &log[log.len().saturating_sub(2000)..])
+            })
+        })
+        .await;
+    }
+
+    async fn on(servers: Arc<Servers>, turn: tokio::sync::MutexGuard<'static, ()>) -> Self {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let servers = SERVERS.get_or_init(start_servers);
         let config = Kubeconfig::read_from(&servers.kubeconfig).unwrap();
         let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await.unwrap();
         let client = Client::try_from(config).unwrap();
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let this = Self { client, namespace: format!("test-{number}"), leader: format!("test-{number}"), _turn: turn };
+        let this = Self {
+            client,
+            namespace: format!("test-{number}"),
+            leader: format!("test-{number}"),
+            servers,
+            _turn: turn,
+        };
         eventually("kube-apiserver", Duration::from_secs(60), || async {
             let request = http_get("/readyz");
             this.client.request_text(request).await.map(drop).map_err(|e| {
-                let log = std::fs::read_to_string(servers.root.join("kube-apiserver.log")).unwrap_or_default();
+                let log = std::fs::read_to_string(this.servers.root.join("kube-apiserver.log")).unwrap_or_default();
                 format!("{e}; its log ends: {}", &log[log.len().saturating_sub(2000)..])
             })
         })
@@ -256,18 +332,18 @@ impl Cluster {
 
     /// A proxy in front of the API server.
     pub async fn proxy(&self) -> Proxy {
-        Proxy::start(&SERVERS.get().unwrap().kubeconfig).await
+        Proxy::start(&self.servers.kubeconfig).await
     }
 
     /// Starts a controller; it is killed when dropped.
     pub async fn controller(&self) -> Controller {
-        self.start(&SERVERS.get().unwrap().kubeconfig, &[]).await
+        self.start(&self.servers.kubeconfig, &[]).await
     }
 
     /// One with more arguments.
     #[allow(dead_code, reason = "not every suite needs it")]
     pub async fn controller_with(&self, arguments: &[&str]) -> Controller {
-        self.start(&SERVERS.get().unwrap().kubeconfig, arguments).await
+        self.start(&self.servers.kubeconfig, arguments).await
     }
 
     /// One that speaks to the API server through a proxy.
@@ -276,7 +352,7 @@ impl Cluster {
     }
 
     async fn start(&self, kubeconfig: &Path, arguments: &[&str]) -> Controller {
-        let servers = SERVERS.get().unwrap();
+        let servers = &self.servers;
         let port = free_port();
         let log = servers.root.join(format!("{}-{port}.log", self.leader));
         let file = std::fs::File::create(&log).unwrap();
@@ -478,6 +554,13 @@ impl Controller {
             async move { ended.map(|s| s.success()).ok_or_else(|| "it runs".to_owned()) }
         })
         .await
+    }
+}
+
+/// Its own control plane goes with it.
+impl Drop for Servers {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 

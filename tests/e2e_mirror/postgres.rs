@@ -20,7 +20,7 @@ pub fn start(dir: &Path, options: &[&str]) -> u16 {
     std::fs::create_dir_all(dir).unwrap();
     let log = std::fs::File::create(dir.with_extension("log")).unwrap();
     let mut command = Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("hack/postgres"));
-    command.arg(dir).arg(port.to_string()).args(options).env("PDEATHSIG", "KILL");
+    command.arg("run").arg(dir).arg(port.to_string()).args(options).env("PDEATHSIG", "KILL");
     command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
     // The signal comes at the death of the thread that forked, so that one stays.
     std::thread::spawn(move || {
@@ -33,8 +33,15 @@ pub fn start(dir: &Path, options: &[&str]) -> u16 {
     port
 }
 
-fn root() -> PathBuf {
-    std::env::temp_dir().join(format!("berth-e2e-mirror-{}", std::process::id()))
+/// Where this process keeps its servers' data; what the one before left is gone.
+pub fn root() -> &'static Path {
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("e2e_mirror");
+        let _ = std::fs::remove_dir_all(&root);
+        std::fs::create_dir_all(&root).unwrap();
+        root
+    })
 }
 
 /// One database.

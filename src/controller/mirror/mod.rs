@@ -70,6 +70,18 @@ const LAG_AGAIN: Duration = Duration::from_secs(600);
 #[derive(Clone)]
 pub struct DatabaseUrl(PgConnectOptions);
 
+/// The flag's value: an empty one, as an unset value of a chart gives it, is none.
+#[derive(Clone, Debug)]
+pub struct MaybeDatabaseUrl(pub Option<DatabaseUrl>);
+
+impl FromStr for MaybeDatabaseUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() { Ok(Self(None)) } else { text.parse().map(|url| Self(Some(url))) }
+    }
+}
+
 impl fmt::Debug for DatabaseUrl {
     /// Without the password.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -460,5 +472,27 @@ impl Context {
             namespace: Some(self.lease.namespace.clone()),
             ..ObjectReference::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_shown_without_its_password_and_a_wrong_one_not_at_all() {
+        let url = "postgres://berth:s3cret@db.example:5433/platform?sslmode=verify-full";
+        let parsed: MaybeDatabaseUrl = url.parse().unwrap();
+        assert_eq!(format!("{:?}", parsed.0.unwrap()), "postgres://db.example:5433/platform");
+        for wrong in [
+            "mysql://u:s3cret@h/d",
+            "host=h password=s3cret",
+            "postgres://u:s3cret@h:port/d",
+            "postgres://u:s3cret@h/d?sslmode=maybe",
+        ] {
+            let error = wrong.parse::<MaybeDatabaseUrl>().unwrap_err();
+            assert!(error.contains("postgres://USER") && !error.contains("s3cret"), "{wrong}: {error}");
+        }
+        assert!("".parse::<MaybeDatabaseUrl>().unwrap().0.is_none());
     }
 }

@@ -550,3 +550,6 @@ pub fn to_json(rows: &impl Serialize) -> String {
     clean(&mut value);
     value.to_string()
 }
+
+#[cfg(test)]
+mod tests;

@@ -648,3 +648,78 @@ async fn gone(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
     sqlx::query!("DELETE FROM containers WHERE container_id = ANY($1)", &ids).execute(&mut *tx).await.map_err(of)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(seq: i64) -> EventRow {
+        let mut events = EventRow::told(
+            "a.b",
+            Uuid::from_u128(1),
+            &[super::super::row::Moment {
+                seq,
+                type_: "started".into(),
+                at: Timestamp::UNIX_EPOCH,
+                exit_code: None,
+                version: None,
+                message: None,
+            }],
+        );
+        events.remove(0)
+    }
+
+    fn told(seqs: std::ops::Range<i64>, ended: bool, known: Option<i64>) -> Told {
+        Told { container_id: "a.b".into(), uid: Uuid::from_u128(1), events: seqs.map(event).collect(), ended, known }
+    }
+
+    fn words(rows: &[EventRow]) -> Vec<String> {
+        rows.iter().map(|row| format!("{} {}-{}", row.event_type, row.seq, row.last_seq)).collect()
+    }
+
+    #[test]
+    fn what_is_missing_between_what_is_there_and_what_is_told_is_one_row() {
+        // (told, the last below the first told, the last of all, its end is told) -> what is added
+        for (seqs, ended, there, wanted) in [
+            (1..3, false, (0, 0, false), vec!["started 1-1", "started 2-2"]),
+            (9..11, false, (8, 8, false), vec!["started 9-9", "started 10-10"]),
+            (9..11, false, (5, 5, false), vec!["lost 6-8", "started 9-9", "started 10-10"]),
+            (9..10, false, (0, 0, false), vec!["lost 1-8", "started 9-9"]),
+            // Told again.
+            (3..5, false, (2, 4, false), vec!["started 3-3", "started 4-4"]),
+            // Gone: its end is told once, after all else.
+            (3..5, true, (2, 2, false), vec!["started 3-3", "started 4-4", "deleted 5-5"]),
+            (3..5, true, (2, 5, true), vec!["started 3-3", "started 4-4"]),
+            (1..1, true, (7, 7, false), vec!["deleted 8-8"]),
+            (1..1, true, (7, 8, true), vec![]),
+            (1..1, false, (7, 7, false), vec![]),
+        ] {
+            let rows = told(seqs.clone(), ended, None).rows(there.0, there.1, there.2, Timestamp::UNIX_EPOCH);
+            assert_eq!(words(&rows), wanted, "{seqs:?} ended={ended} {there:?}");
+        }
+    }
+
+    #[test]
+    fn the_database_is_asked_only_where_it_is_not_known_what_it_has() {
+        assert!(told(5..7, false, Some(4)).is_plain());
+        assert!(told(1..1, false, Some(4)).is_plain());
+        assert!(!told(6..7, false, Some(4)).is_plain(), "one is missing");
+        assert!(!told(5..7, false, None).is_plain());
+        assert!(!told(5..7, true, Some(4)).is_plain(), "its end may be there already");
+    }
+
+    #[test]
+    fn a_bot_that_is_as_it_should_be_is_not_written() {
+        let name = || Name { namespace: "a".into(), name: "b".into() };
+        let stored = Stored { hash: Some(1), children_hash: 1, object_uid: None, last_seq: 0, resource_version: None };
+        assert!(Change::new(name(), None, vec![], vec![], None).is_none(), "nothing, and no row");
+        let gone = Change::new(name(), None, vec![], vec![], Some(&stored)).unwrap();
+        assert!(gone.has_children() && gone.outcome().is_none() && !gone.retained());
+        let uid = Uuid::from_u128(1);
+        let held = Stored { object_uid: Some(uid), ..stored };
+        let gone = Change::new(name(), None, vec![], vec![], Some(&held)).unwrap();
+        assert_eq!(gone.ended(), Some(uid));
+        let alive = Change::new(name(), None, vec![uid], vec![], Some(&held)).unwrap();
+        assert_eq!(alive.ended(), None, "its row goes to another, it is not gone");
+    }
+}
