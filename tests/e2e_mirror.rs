@@ -380,7 +380,7 @@ async fn a_database_that_is_away_costs_no_bot_and_what_it_missed_is_written_once
             relay.set(Mode::Pass);
         } else {
             // Nobody waits for the database: a bot is bound at once.
-            eventually("that the mirror noticed", Duration::from_secs(40), || async {
+            eventually("that the mirror noticed", Duration::from_secs(60), || async {
                 let up = controller.metric("berth_controller_mirror_connected").await;
                 if up == 0.0 { Ok(()) } else { Err("it has a session".to_owned()) }
             })
@@ -389,6 +389,11 @@ async fn a_database_that_is_away_costs_no_bot_and_what_it_missed_is_written_once
             database.gives(EVENTS, &happened).await;
         }
         database.gives("SELECT count(*) FROM containers", &[&(i + 2).to_string()]).await;
+        eventually("a session", Duration::from_secs(30), || async {
+            let up = controller.metric("berth_controller_mirror_connected").await;
+            if up == 1.0 { Ok(()) } else { Err("there is none".to_owned()) }
+        })
+        .await;
     }
 }
 
@@ -863,4 +868,87 @@ async fn a_cluster_restored_from_yesterdays_backup_counts() {
         assert_eq!(database.texts(twice).await, ["0"]);
         drop((controller, agent));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bots_that_lived_and_went_while_the_database_was_away_are_in_the_history() {
+    let scene = Scene::new().await;
+    let (cluster, database) = (&scene.cluster, &scene.database);
+    let relay = Relay::start(database.port()).await;
+    let _controller = scene.controller_at(relay.port(), 600).await;
+    let _agent = cluster.agent(NODE, room()).await;
+    let delete = |name: &'static str, happened: &'static [&'static str]| {
+        let scene = &scene;
+        async move {
+            scene.delete(name).await;
+            scene.says(name, "Terminating", happened).await;
+            scene.cluster.gone(name).await;
+        }
+    };
+    scene.bot("first", json!({"botId": "web", "deletionPolicy": "Delete"})).await;
+    scene.says("first", "Running", &["scheduled"]).await;
+    database.gives("SELECT count(*) FROM lifecycle_events", &["1"]).await;
+    relay.set(Mode::Cut);
+    // The one that has a row goes, two more with its botId come and go, and one stays.
+    delete("first", &["scheduled", "started", "deleted"]).await;
+    scene.bot("second", json!({"botId": "web", "deletionPolicy": "Delete"})).await;
+    delete("second", &["scheduled", "paused", "deleted"]).await;
+    scene.bot("alone", json!({"botId": "other", "deletionPolicy": "Delete"})).await;
+    delete("alone", &["scheduled", "deleted"]).await;
+    scene.bot("third", json!({"botId": "web"})).await;
+    scene.says("third", "Running", &["scheduled", "resumed"]).await;
+    relay.set(Mode::Pass);
+    database.gives("SELECT object_name FROM containers", &["third"]).await;
+    database
+        .gives(
+            "SELECT concat_ws('|', object_name, status, phase, retained) FROM containers_history ORDER BY 1",
+            &["alone|stopped|Terminating|f", "first|stopped|Terminating|f", "second|stopped|Terminating|f"],
+        )
+        .await;
+    database.gives(EVENTS, &["scheduled", "resumed"]).await;
+    let history = "SELECT concat_ws(' ', h.object_name, e.event_type) FROM lifecycle_events_history e JOIN containers_history h USING (object_uid)
+                   ORDER BY h.object_name, e.seq";
+    let wanted = [
+        "alone scheduled",
+        "alone deleted",
+        "first scheduled",
+        "first started",
+        "first deleted",
+        "second scheduled",
+        "second paused",
+        "second deleted",
+    ];
+    assert_eq!(database.texts(history).await, wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_leads_next_tells_nothing_a_second_time() {
+    let scene = Scene::new().await;
+    let (cluster, database) = (&scene.cluster, &scene.database);
+    let mut first = scene.controller().await;
+    let second = scene.controller().await;
+    let _agent = cluster.agent(NODE, room()).await;
+    scene.bot("one", json!({"botId": "web", "deletionPolicy": "Delete"})).await;
+    scene.says("one", "Running", &["scheduled", "started"]).await;
+    database.gives("SELECT count(*) FROM lifecycle_events", &["2"]).await;
+    scene.delete("one").await;
+    scene.says("one", "Terminating", &["scheduled", "started", "deleted"]).await;
+    cluster.gone("one").await;
+    database.gives("SELECT count(*) FROM lifecycle_events_history", &["3"]).await;
+    scene.bot("two", json!({"botId": "web"})).await;
+    scene.says("two", "Running", &["scheduled"]).await;
+    database.gives(EVENTS, &["scheduled"]).await;
+    let before =
+        (scene.picture().await, database.texts("SELECT t::text FROM lifecycle_events_history t ORDER BY id").await);
+    first.signal("KILL");
+    let _ = first.ended().await;
+    database.gives("SELECT term FROM berth_mirror", &["2"]).await;
+    eventually("the second one to have looked at all rows", Duration::from_secs(20), || async {
+        let looks = second.metric("berth_controller_mirror_resyncs").await;
+        if looks > 0.0 { Ok(()) } else { Err(second.log()) }
+    })
+    .await;
+    let after =
+        (scene.picture().await, database.texts("SELECT t::text FROM lifecycle_events_history t ORDER BY id").await);
+    assert_eq!(after, before);
 }

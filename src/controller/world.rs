@@ -185,7 +185,11 @@ impl World {
         if let Some(mirrored) = &mut self.mirrored
             && let Some(tail) = mirrored.tails.remove(name)
         {
-            mirrored.changed.gone(id.clone(), LastWords { uid: mirror::uid_of(&bot.metadata), tail }, now);
+            mirrored.changed.gone(
+                id.clone(),
+                LastWords { uid: mirror::uid_of(&bot.metadata), object: bot.clone(), tail },
+                now,
+            );
         }
         let mut keys = vec![Key::Record(id.clone())];
         keys.extend(self.asked_of(name));

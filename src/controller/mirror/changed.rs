@@ -13,15 +13,18 @@ use uuid::Uuid;
 
 use super::super::Name;
 use super::row::Tail;
+use crate::api::BotContainer;
 
 /// How many last words are kept. Of a bot beyond that it is told that it was deleted, not what came before.
-const LAST_WORDS: usize = 4096;
+const LAST_WORDS: usize = 2048;
 
 /// What a BotContainer said last.
 #[derive(Clone, Debug)]
 pub struct LastWords {
-    /// The BotContainer.
+    /// The BotContainer, by uid.
     pub uid: Uuid,
+    /// As it was seen last.
+    pub object: Arc<BotContainer>,
     /// What it said.
     pub tail: Arc<Tail>,
 }
@@ -126,10 +129,11 @@ impl Changed {
         self.behind = since;
     }
 
-    /// All rows are looked at from here on: what waits is seen with them.
-    pub fn begin_all(&mut self) {
+    /// All rows are looked at from here on: what waits is seen with them. The bots of which there are last words.
+    pub fn begin_all(&mut self) -> Vec<Name> {
         self.order.clear();
         self.waiting.clear();
+        self.last_words.keys().cloned().collect()
     }
 
     /// All rows were looked at.
@@ -191,7 +195,7 @@ mod tests {
         let mut changed = Changed::default();
         changed.mark(bot("a"), at(1));
         changed.fall_behind(at(5));
-        changed.begin_all();
+        let _ = changed.begin_all();
         assert_eq!((changed.since(), changed.len()), (Some(at(1)), 0));
         changed.fall_behind(at(9));
         assert_eq!(changed.since(), Some(at(1)), "a second fall is no news");
@@ -203,7 +207,9 @@ mod tests {
     fn last_words_are_kept_until_they_are_written_and_are_bounded() {
         let now = Instant::now();
         let mut changed = Changed::default();
-        let words = |n: u128| LastWords { uid: Uuid::from_u128(n), tail: Arc::default() };
+        let object =
+            Arc::new(BotContainer::new("web", serde_json::from_value(serde_json::json!({"image": "x"})).unwrap()));
+        let words = |n: u128| LastWords { uid: Uuid::from_u128(n), object: object.clone(), tail: Arc::default() };
         changed.gone(bot("a"), words(1), now);
         changed.gone(bot("a"), words(2), now);
         changed.heard(&bot("a"), Uuid::from_u128(1));

@@ -19,7 +19,7 @@ mod error;
 mod row;
 mod write;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -42,8 +42,9 @@ pub use changed::{Changed, LastWords};
 pub use error::Error;
 pub use row::{Bot, Tail, uid_of};
 
-/// For how long one transaction may take, and anything else that is asked of the database.
-const CALL: Duration = Duration::from_secs(15);
+/// For how long one transaction may take, and anything else that is asked of the database. The first transaction of a session has some
+/// thirty round trips in it.
+const CALL: Duration = Duration::from_secs(30);
 
 /// For how long bringing the tables up to date may take.
 const MIGRATE: Duration = Duration::from_secs(300);
@@ -126,7 +127,7 @@ pub async fn run(context: Arc<Context>, url: DatabaseUrl, resync: Duration, shif
     context.metrics.mirror_connected(false);
 }
 
-async fn sessions(context: &Context, url: &DatabaseUrl, resync: Duration, trouble: &Trouble) {
+async fn sessions(context: &Arc<Context>, url: &DatabaseUrl, resync: Duration, trouble: &Trouble) {
     let mut wait = FIRST;
     loop {
         let began = Instant::now();
@@ -199,7 +200,7 @@ fn once() -> String {
 
 /// One connection, from its start to its end.
 async fn session(
-    context: &Context,
+    context: &Arc<Context>,
     url: &DatabaseUrl,
     resync: Duration,
     trouble: &Trouble,
@@ -276,42 +277,40 @@ async fn migrate(url: &DatabaseUrl) -> Result<(), Error> {
 }
 
 /// Makes all rows right; what the database has then.
-async fn all_rows(context: &Context, conn: &mut PgConnection, term: i64) -> Result<Known, Error> {
+async fn all_rows(context: &Arc<Context>, conn: &mut PgConnection, term: i64) -> Result<Known, Error> {
     let began = Instant::now();
-    let names = {
+    let (here, ended) = {
         let mut world = context.world();
-        let names = world.bot_ids();
-        if let Some(changed) = world.changed() {
-            changed.begin_all();
-        }
-        names
+        let ended = world.changed().map(Changed::begin_all).unwrap_or_default();
+        (world.bot_ids(), ended.into_iter().collect::<HashSet<_>>())
     };
+    let expected = tokio::task::spawn_blocking({
+        let context = context.clone();
+        let names: HashSet<Name> = here.into_iter().chain(ended.iter().cloned()).collect();
+        move || expected(&context, names)
+    });
     let foreign =
         within("putting events aside that are not ours", CALL, write::put_foreign_events_aside(conn, term)).await?;
     let mut known = within("reading what the tables have", MIGRATE, write::stored(conn)).await?;
+    let expected = match expected.await {
+        Ok(expected) => expected,
+        // A bug of ours, which is told as any other is.
+        Err(died) => std::panic::resume_unwind(died.into_panic()),
+    };
     let (mut written, mut went_back) = (0, false);
     // What nobody knows goes first: it may stand where another's row belongs.
-    let here: std::collections::HashSet<String> = names.iter().map(row::container_id).collect();
-    let strangers: Vec<Change> = known
-        .iter()
-        .filter(|(id, _)| !here.contains(*id))
-        .map(|(id, stored)| {
-            let bot = row::bot_of(id);
-            let words = bot.as_ref().and_then(|bot| context.world().changed().map(|changed| changed.last_words(bot)));
-            Change {
-                bot,
-                container_id: id.clone(),
-                rows: None,
-                alive: Vec::new(),
-                last_words: words.unwrap_or_default(),
-                stored: Some(stored.clone()),
-            }
-        })
-        .collect();
+    let strangers = known.iter().filter(|(id, _)| !expected.contains_key(*id));
+    let strangers: Vec<Change> = strangers.map(|(id, stored)| Change::stranger(id, stored)).collect();
+    let bots = expected.len();
+    let wrong = |(id, (name, hash)): (String, (Name, Option<i64>))| {
+        let right = known.get(&id).and_then(|stored| stored.hash) == hash && !ended.contains(&name);
+        (!right).then_some(name)
+    };
+    let wrong: Vec<Name> = expected.into_iter().filter_map(wrong).collect();
     for some in strangers.chunks(BOTS) {
         written += write_some(context, conn, term, &mut known, some.to_vec()).await?;
     }
-    for names in names.chunks(BOTS) {
+    for names in wrong.chunks(BOTS) {
         let ahead =
             names.iter().filter(|name| !went_back && is_ahead(context, name, &known)).cloned().collect::<Vec<_>>();
         went_back = went_back || look_again(context, &ahead, &known).await?;
@@ -324,8 +323,18 @@ async fn all_rows(context: &Context, conn: &mut PgConnection, term: i64) -> Resu
     }
     context.metrics.mirror_looked(written);
     let took = began.elapsed();
-    tracing::info!(bots = names.len(), written, foreign, term, went_back, ?took, "the mirror is what the objects say");
+    tracing::info!(bots, written, foreign, term, went_back, ?took, "the mirror is what the objects say");
     Ok(known)
+}
+
+/// The hash that each bot's rows are to have, by its `container_id`.
+fn expected(context: &Context, names: HashSet<Name>) -> HashMap<String, (Name, Option<i64>)> {
+    let hash = |name: Name| {
+        let bot = context.world().rows_of(&name);
+        let hash = row::Rows::of(&name, &bot).map(|rows| rows.container.hash);
+        (row::container_id(&name), (name, hash))
+    };
+    names.into_iter().map(hash).collect()
 }
 
 /// Whether the database has a newer state of a bot than this replica has seen.
@@ -386,6 +395,8 @@ fn changes(context: &Context, names: impl Iterator<Item = Name>, known: &Known) 
                 (bot, world.changed().map(|changed| changed.last_words(&name)).unwrap_or_default())
             };
             let rows = row::Rows::of(&name, &bot);
+            let words =
+                words.iter().map(|words| row::Ended::of(&name, words.uid, &words.object, &words.tail)).collect();
             let stored = known.get(&row::container_id(&name));
             Change::new(name, rows, bot.alive, words, stored)
         })
@@ -416,18 +427,18 @@ async fn write_some(
     left.extend(Some(some).filter(|some| !some.is_empty()));
     left.reverse();
     while let Some(mut some) = left.pop() {
-        let now = Instant::now();
-        let Some(until) = context.leadership.write_until(now) else {
+        // Whether it leads until the end is the fence's to say.
+        if context.leadership.write_until(Instant::now()).is_none() {
             return Err(Error::NotLeading { step: "writing rows" });
-        };
-        match write::write(conn, term, &some, until.min(now + CALL)).await {
+        }
+        match within("writing rows", CALL, write::write(conn, term, &some)).await {
             Ok(()) => {
                 written += some.len();
                 context.metrics.mirror_wrote(some.len());
                 let mut world = context.world();
                 for change in some {
                     if let (Some(bot), Some(changed)) = (&change.bot, world.changed()) {
-                        change.last_words.iter().for_each(|words| changed.heard(bot, words.uid));
+                        change.ended.iter().for_each(|ended| changed.heard(bot, ended.uid));
                     }
                     match change.outcome() {
                         Some(stored) => known.insert(change.container_id, stored),

@@ -333,15 +333,32 @@ impl Rows {
     }
 }
 
+/// The last row of a BotContainer that is gone, and what it told.
+#[derive(Clone, Debug)]
+pub struct Ended {
+    /// Which it was.
+    pub uid: Uuid,
+    /// Its row.
+    pub row: ContainerRow,
+    /// What it told, oldest first.
+    pub events: Vec<EventRow>,
+    /// Whether its layer stays on its node without an object.
+    pub orphaned: bool,
+}
+
+impl Ended {
+    /// Of a bot's BotContainer, as it was seen last.
+    pub fn of(name: &Name, uid: Uuid, object: &BotContainer, tail: &Tail) -> Self {
+        let mut row = living(name, object, uid, tail);
+        row.hash = hash(&row);
+        let events = EventRow::told(&row.container_id, uid, &tail.moments);
+        Self { uid, row, events, orphaned: tail.orphaned }
+    }
+}
+
 /// The `container_id` of a bot. Neither part may have a dot in it.
 pub fn container_id(bot: &Name) -> String {
     format!("{}.{}", bot.namespace, bot.name)
-}
-
-/// The bot of a `container_id`; `None`: it is no bot's.
-pub fn bot_of(container_id: &str) -> Option<Name> {
-    let (namespace, name) = container_id.split_once('.')?;
-    Some(Name { namespace: namespace.to_owned(), name: name.to_owned() })
 }
 
 /// The old statuses. `running` is what may be used now; nobody is told so on hearsay.

@@ -1,17 +1,15 @@
 //! The transactions. Each begins with the fence (the session's term must be the newest) and leaves the rows of the bots that it is of as
 //! the objects say, whatever they were: what is right already is not touched.
 
-use std::collections::HashMap;
-use std::time::Instant;
+use std::collections::{HashMap, HashSet};
 
 use k8s_openapi::jiff::Timestamp;
 use sqlx::{Connection as _, PgConnection};
 use uuid::Uuid;
 
 use super::super::Name;
-use super::changed::LastWords;
 use super::error::Error;
-use super::row::{EventRow, Rows, container_id, to_json};
+use super::row::{ContainerRow, Ended, EventRow, Rows, container_id, to_json};
 
 /// What the database has of a bot, as far as is known without asking.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,8 +37,8 @@ pub struct Change {
     pub rows: Option<Rows>,
     /// The uids of the BotContainers with its botId.
     pub alive: Vec<Uuid>,
-    /// What those that are gone said last.
-    pub last_words: Vec<LastWords>,
+    /// Those that are gone, as they were last, oldest first.
+    pub ended: Vec<Ended>,
     /// What the database has.
     pub stored: Option<Stored>,
 }
@@ -51,7 +49,7 @@ impl Change {
         bot: Name,
         rows: Option<Rows>,
         alive: Vec<Uuid>,
-        last_words: Vec<LastWords>,
+        ended: Vec<Ended>,
         stored: Option<&Stored>,
     ) -> Option<Self> {
         let wanted = rows.as_ref().map(|rows| rows.container.hash);
@@ -60,27 +58,40 @@ impl Change {
             (None, None) => true,
             _ => false,
         };
-        let last_words = if stored.is_some() || rows.is_some() { last_words } else { Vec::new() };
-        (!right || !last_words.is_empty()).then(|| Self {
+        (!right || !ended.is_empty()).then(|| Self {
             container_id: container_id(&bot),
             bot: Some(bot),
             rows,
             alive,
-            last_words,
+            ended,
             stored: stored.cloned(),
         })
     }
 
-    /// The BotContainer that the row was of and that is gone.
-    fn ended(&self) -> Option<Uuid> {
-        let now = self.rows.as_ref().and_then(|rows| rows.container.object_uid);
-        self.stored.as_ref()?.object_uid.filter(|uid| Some(*uid) != now && !self.alive.contains(uid))
+    /// Of a row that no object and nobody's last words are behind.
+    pub fn stranger(container_id: &str, stored: &Stored) -> Self {
+        Self {
+            bot: None,
+            container_id: container_id.to_owned(),
+            rows: None,
+            alive: Vec::new(),
+            ended: Vec::new(),
+            stored: Some(stored.clone()),
+        }
     }
 
-    /// Whether versions of it are kept, or its layer is.
-    fn retained(&self) -> bool {
+    /// The BotContainer that the row was of and that went without a word.
+    fn vanished(&self) -> Option<Uuid> {
+        let now = self.rows.as_ref().and_then(|rows| rows.container.object_uid);
+        let stored = self.stored.as_ref()?.object_uid;
+        stored.filter(|uid| {
+            Some(*uid) != now && !self.alive.contains(uid) && !self.ended.iter().any(|ended| ended.uid == *uid)
+        })
+    }
+
+    /// Whether versions of it are kept.
+    fn has_versions(&self) -> bool {
         self.rows.as_ref().is_some_and(|rows| !rows.snapshots.is_empty())
-            || self.last_words.iter().any(|words| words.tail.orphaned)
     }
 
     /// Whether its versions are to be written, too.
@@ -109,26 +120,16 @@ impl Change {
             .map_or(1, |rows| 1 + rows.events.len() + if self.has_children() { rows.snapshots.len() } else { 0 })
     }
 
-    /// The events of a BotContainer that are to be in the database, by its uid: those of the living one, and the last words.
+    /// The events of BotContainers that are to be in the database: of those that are gone, and of the living one.
     fn told(&self) -> Vec<Told> {
         let mut told: Vec<Told> = Vec::new();
-        for words in &self.last_words {
-            told.push(Told {
-                container_id: self.container_id.clone(),
-                uid: words.uid,
-                events: EventRow::told(&self.container_id, words.uid, &words.tail.moments),
-                ended: !self.alive.contains(&words.uid),
-                known: None,
-            });
-        }
-        if let Some(uid) = self.ended().filter(|uid| !told.iter().any(|t| t.uid == *uid)) {
-            told.push(Told {
-                container_id: self.container_id.clone(),
-                uid,
-                events: Vec::new(),
-                ended: true,
-                known: None,
-            });
+        let gone =
+            |uid, events| Told { container_id: self.container_id.clone(), uid, events, ended: true, known: None };
+        told.extend(self.vanished().map(|uid| gone(uid, Vec::new())));
+        for ended in &self.ended {
+            // A cluster that went back has it again.
+            let is_gone = !self.alive.contains(&ended.uid);
+            told.extend(is_gone.then(|| gone(ended.uid, ended.events.clone())));
         }
         if let Some(rows) = &self.rows
             && let Some(uid) = rows.container.object_uid
@@ -227,39 +228,23 @@ pub async fn take_term(conn: &mut PgConnection, newest: i64, holder: &str) -> Re
 pub async fn stored(conn: &mut PgConnection) -> Result<HashMap<String, Stored>, Error> {
     let rows = sqlx::query!(
         r#"
-        WITH s AS (
-            SELECT container_id, count(*) AS n, count(*) FILTER (WHERE xmin = written_by::xid) AS ours,
-                   sum(CASE source WHEN 'preserved' THEN 2 ELSE 1 END) AS events
-            FROM snapshots GROUP BY container_id
-        ), v AS (
-            SELECT container_id, count(*) AS n, count(*) FILTER (WHERE xmin = written_by::xid) AS ours
-            FROM container_versions GROUP BY container_id
-        ), e AS (
-            SELECT c.container_id, count(*) AS ours
-            FROM containers c
-            JOIN lifecycle_events e ON e.object_uid = c.object_uid AND e.seq BETWEEN c.first_seq AND c.last_seq
-            WHERE e.xmin = e.written_by::xid AND e.container_id = c.container_id
-            GROUP BY c.container_id
-        ), x AS (
-            SELECT s.container_id, count(*) AS ours
-            FROM snapshots s
-            JOIN lifecycle_events e ON e.object_uid = s.id
-            WHERE e.xmin = e.written_by::xid AND e.container_id = s.container_id
-            GROUP BY s.container_id
-        )
         SELECT c.container_id AS "container_id!", c.object_uid, c.last_seq AS "last_seq!", c.children_hash AS "children_hash!",
                c.resource_version,
                CASE WHEN c.xmin = c.written_by::xid
-                     AND coalesce(s.n, 0) = c.snapshot_count AND coalesce(s.ours, 0) = c.snapshot_count
-                     AND coalesce(v.n, 0) = c.snapshot_count AND coalesce(v.ours, 0) = c.snapshot_count
-                     AND coalesce(e.ours, 0) = c.last_seq - c.first_seq + 1
-                     AND coalesce(x.ours, 0) = coalesce(s.events, 0)
+                     AND (SELECT count(*) = c.snapshot_count AND count(*) FILTER (WHERE s.xmin = s.written_by::xid) = c.snapshot_count
+                          FROM snapshots s WHERE s.container_id = c.container_id)
+                     AND (SELECT count(*) = c.snapshot_count AND count(*) FILTER (WHERE v.xmin = v.written_by::xid) = c.snapshot_count
+                          FROM container_versions v WHERE v.container_id = c.container_id)
+                     AND (SELECT count(*) = c.last_seq - c.first_seq + 1 FROM lifecycle_events e
+                          WHERE e.object_uid = c.object_uid AND e.seq BETWEEN c.first_seq AND c.last_seq
+                            AND e.container_id = c.container_id AND e.xmin = e.written_by::xid)
+                     AND NOT EXISTS (
+                          SELECT FROM snapshots s WHERE s.container_id = c.container_id
+                          AND (SELECT count(*) FROM lifecycle_events e
+                               WHERE e.object_uid = s.id AND e.container_id = c.container_id AND e.xmin = e.written_by::xid)
+                              <> CASE s.source WHEN 'preserved' THEN 2 ELSE 1 END)
                     THEN c.hash END AS hash
         FROM containers c
-        LEFT JOIN s USING (container_id)
-        LEFT JOIN v USING (container_id)
-        LEFT JOIN e USING (container_id)
-        LEFT JOIN x USING (container_id)
         "#
     )
     .fetch_all(conn)
@@ -312,26 +297,55 @@ pub async fn ping(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
     fence(conn, term).await
 }
 
-/// Writes bots, all or none, until `until`. After an error the connection is in no state to go on with, but for [`Error::Data`].
-pub async fn write(conn: &mut PgConnection, term: i64, changes: &[Change], until: Instant) -> Result<(), Error> {
-    let started = Instant::now();
-    let deadline = until.saturating_duration_since(started);
-    match tokio::time::timeout(deadline, transaction(conn, term, changes)).await {
-        Ok(done) => done,
-        Err(_) => Err(Error::Deadline { step: "writing rows", after: deadline }),
-    }
-}
-
-async fn transaction(conn: &mut PgConnection, term: i64, changes: &[Change]) -> Result<(), Error> {
+/// Writes bots, all or none. After an error the connection is in no state to go on with, but for [`Error::Data`].
+pub async fn write(conn: &mut PgConnection, term: i64, changes: &[Change]) -> Result<(), Error> {
     let mut tx = conn.begin().await.map_err(|error| Error::of("beginning a transaction", error))?;
     fence(&mut tx, term).await?;
+    let changes = &unheard(&mut tx, changes).await?;
     came_back(&mut tx, changes).await?;
-    ended(&mut tx, changes).await?;
-    containers(&mut tx, changes).await?;
+    let vanished = changes.iter().filter(|change| change.vanished().is_some());
+    write_down(&mut tx, vanished.map(|change| (&change.container_id, change.has_versions()))).await?;
+    // One after the other: each was the bot's row before it is the history's.
+    for nth in 0.. {
+        let some: Vec<_> = changes.iter().filter_map(|change| Some((change, change.ended.get(nth)?))).collect();
+        if some.is_empty() {
+            break;
+        }
+        containers(&mut tx, some.iter().map(|(_, ended)| &ended.row)).await?;
+        write_down(
+            &mut tx,
+            some.iter().map(|(change, ended)| (&change.container_id, change.has_versions() || ended.orphaned)),
+        )
+        .await?;
+    }
+    // What is neither an object's nor was one's: a bot's whose last version went.
+    let nobodys = changes.iter().filter(|c| c.rows.is_none() && c.ended.is_empty() && c.vanished().is_none());
+    write_down(&mut tx, nobodys.map(|change| (&change.container_id, false))).await?;
+    containers(&mut tx, changes.iter().filter_map(|change| Some(&change.rows.as_ref()?.container))).await?;
     children(&mut tx, changes).await?;
     events(&mut tx, changes).await?;
     gone(&mut tx, changes).await?;
     tx.commit().await.map_err(|error| Error::of("committing", error))
+}
+
+/// The changes without what is in the history already: a replica that was not the leader has heard the same last words.
+async fn unheard(tx: &mut PgConnection, changes: &[Change]) -> Result<Vec<Change>, Error> {
+    let mut changes = changes.to_vec();
+    let uids: Vec<Uuid> = changes.iter().flat_map(|change| change.ended.iter().map(|ended| ended.uid)).collect();
+    if uids.is_empty() {
+        return Ok(changes);
+    }
+    let heard =
+        sqlx::query_scalar!(r#"SELECT object_uid AS "uid!" FROM containers_history WHERE object_uid = ANY($1)"#, &uids)
+            .fetch_all(&mut *tx)
+            .await
+            .map_err(|error| Error::of("asking which ends are known", error))?;
+    let heard: HashSet<Uuid> = heard.into_iter().collect();
+    for change in &mut changes {
+        let Change { ended, alive, .. } = change;
+        ended.retain(|ended| !heard.contains(&ended.uid) && !alive.contains(&ended.uid));
+    }
+    Ok(changes)
 }
 
 /// Takes out of the history what is there again: a cluster that was restored from a backup, a bot whose botId is used again.
@@ -376,11 +390,9 @@ async fn came_back(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Erro
     Ok(())
 }
 
-/// Writes down in the history what BotContainers were that are gone.
-async fn ended(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
-    let ended = changes.iter().filter(|change| change.ended().is_some() || change.rows.is_none());
-    let (ids, retained): (Vec<String>, Vec<bool>) =
-        ended.map(|change| (change.container_id.clone(), change.retained())).unzip();
+/// Writes down in the history what the rows of these bots are, with whether anything is kept of them.
+async fn write_down(tx: &mut PgConnection, bots: impl Iterator<Item = (&String, bool)>) -> Result<(), Error> {
+    let (ids, retained): (Vec<String>, Vec<bool>) = bots.map(|(id, retained)| (id.clone(), retained)).unzip();
     if ids.is_empty() {
         return Ok(());
     }
@@ -397,8 +409,8 @@ async fn ended(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
     Ok(())
 }
 
-async fn containers(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
-    let rows: Vec<_> = changes.iter().filter_map(|change| Some(&change.rows.as_ref()?.container)).collect();
+async fn containers(tx: &mut PgConnection, rows: impl Iterator<Item = &ContainerRow>) -> Result<(), Error> {
+    let rows: Vec<_> = rows.collect();
     if rows.is_empty() {
         return Ok(());
     }
@@ -444,7 +456,7 @@ async fn children(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error
     }
     let of = |error| Error::of("writing snapshots", error);
     let (ids, retained): (Vec<String>, Vec<bool>) =
-        changes.iter().map(|c| (c.container_id.clone(), c.retained())).unzip();
+        changes.iter().map(|c| (c.container_id.clone(), c.has_versions())).unzip();
     let rows: Vec<_> = changes.iter().filter_map(|change| change.rows.as_ref()).collect();
     let snapshots: Vec<_> = rows.iter().flat_map(|rows| &rows.snapshots).collect();
     let versions: Vec<_> = rows.iter().flat_map(|rows| &rows.versions).collect();
@@ -624,23 +636,25 @@ async fn reconciled(tx: &mut PgConnection, asked: Vec<Told>) -> Result<Vec<Event
         .collect())
 }
 
-/// Takes bots out of the tables of which nothing is there any more.
+/// Takes out of the tables what nothing is there of any more: events of BotContainers that left no version, and bots.
 async fn gone(tx: &mut PgConnection, changes: &[Change]) -> Result<(), Error> {
     let of = |error| Error::of("moving rows to the history", error);
-    let gone = changes.iter().filter(|change| change.rows.is_none());
-    let (ids, retained): (Vec<String>, Vec<bool>) =
-        gone.map(|change| (change.container_id.clone(), change.retained())).unzip();
-    if ids.is_empty() {
+    let left = changes.iter().filter(|change| change.rows.is_some() && !change.has_versions());
+    let ended: Vec<Uuid> =
+        left.flat_map(|change| change.ended.iter().map(|ended| ended.uid).chain(change.vanished())).collect();
+    let ids: Vec<String> =
+        changes.iter().filter(|change| change.rows.is_none()).map(|change| change.container_id.clone()).collect();
+    if ids.is_empty() && ended.is_empty() {
         return Ok(());
     }
+    let orphaned: Vec<Uuid> = changes.iter().flat_map(|c| &c.ended).filter(|e| e.orphaned).map(|e| e.uid).collect();
     sqlx::query!(
-        "WITH gone AS (DELETE FROM lifecycle_events WHERE container_id = ANY($1) RETURNING *)
-         INSERT INTO lifecycle_events_history
-         SELECT now(), e.retained, false, gone.* FROM gone
-         JOIN unnest($1::text[], $2::bool[]) e (container_id, retained) USING (container_id)
+        "WITH gone AS (DELETE FROM lifecycle_events WHERE container_id = ANY($1) OR object_uid = ANY($2) RETURNING *)
+         INSERT INTO lifecycle_events_history SELECT now(), object_uid = ANY($3), false, gone.* FROM gone
          ON CONFLICT (id) DO UPDATE SET gone_at = EXCLUDED.gone_at, superseded = false",
         &ids,
-        &retained
+        &ended,
+        &orphaned
     )
     .execute(&mut *tx)
     .await
@@ -714,12 +728,12 @@ mod tests {
         let stored = Stored { hash: Some(1), children_hash: 1, object_uid: None, last_seq: 0, resource_version: None };
         assert!(Change::new(name(), None, vec![], vec![], None).is_none(), "nothing, and no row");
         let gone = Change::new(name(), None, vec![], vec![], Some(&stored)).unwrap();
-        assert!(gone.has_children() && gone.outcome().is_none() && !gone.retained());
+        assert!(gone.has_children() && gone.outcome().is_none() && !gone.has_versions());
         let uid = Uuid::from_u128(1);
         let held = Stored { object_uid: Some(uid), ..stored };
         let gone = Change::new(name(), None, vec![], vec![], Some(&held)).unwrap();
-        assert_eq!(gone.ended(), Some(uid));
+        assert_eq!(gone.vanished(), Some(uid));
         let alive = Change::new(name(), None, vec![uid], vec![], Some(&held)).unwrap();
-        assert_eq!(alive.ended(), None, "its row goes to another, it is not gone");
+        assert_eq!(alive.vanished(), None, "its row goes to another, it is not gone");
     }
 }
