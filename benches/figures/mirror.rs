@@ -67,36 +67,19 @@ impl<'a> Mirror<'a> {
         Ok(sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).fetch_all(&mut conn).await?)
     }
 
-    /// Seconds that the last look at all rows took, once there is one after `synced`; and when it ended.
-    async fn look(&self, synced: Option<String>) -> anyhow::Result<(f64, Option<String>)> {
-        let began = Instant::now();
-        loop {
-            let rows =
-                self.query("SELECT extract(epoch FROM synced - since)::float8, synced::text FROM berth_mirror").await;
-            if let Ok(rows) = rows
-                && let Some(row) = rows.first()
-                && let (Some(took), ended) = (row.get::<Option<f64>, _>(0), row.get::<Option<String>, _>(1))
-                && ended != synced
-            {
-                return Ok((took, ended));
-            }
-            anyhow::ensure!(began.elapsed() < LIMIT, "the mirror has not looked at all rows within {LIMIT:?}");
-            sleep(Duration::from_millis(50)).await;
-        }
-    }
-
     /// A controller that leads on its own Lease, beside the one that the cluster has.
     async fn controller(&self, mirror: bool) -> anyhow::Result<Controller> {
         let log = self.place.dir.join("mirror-controller.log");
         let mut command = Command::new(&self.place.binary);
-        command.args(["controller", "--leader-name", "bench-mirror", "--health-address", "127.0.0.1:0"]);
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        command.args(["controller", "--leader-name", "bench-mirror", "--health-address", &format!("127.0.0.1:{port}")]);
         command.env_remove("DATABASE_URL");
         if mirror {
-            command.args(["--database-url", &self.url]);
+            command.args(["--database-url", &self.url, "--database-resync-seconds", "5"]);
         }
         let file = File::create(&log)?;
         let child = command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file).spawn()?;
-        let mut controller = Controller { child, log };
+        let mut controller = Controller { child, log, port };
         controller.says("leading").await?;
         Ok(controller)
     }
@@ -281,6 +264,7 @@ async fn beat(client: &Client) -> anyhow::Result<()> {
 struct Controller {
     child: Child,
     log: PathBuf,
+    port: u16,
 }
 
 impl Controller {
@@ -298,6 +282,23 @@ impl Controller {
             sleep(Duration::from_millis(50)).await;
         }
         Ok(())
+    }
+
+    /// A number of its metrics.
+    async fn metric(&self, name: &str) -> anyhow::Result<f64> {
+        let text = reqwest::get(format!("http://127.0.0.1:{}/metrics", self.port)).await?.text().await?;
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(line.with_context(|| format!("the controller has no {name}"))?.parse()?)
+    }
+
+    /// Milliseconds that the next look at all rows took, after so many.
+    async fn look(&self, after: f64) -> anyhow::Result<f64> {
+        let began = Instant::now();
+        while self.metric("berth_controller_mirror_resyncs_total").await? <= after {
+            anyhow::ensure!(began.elapsed() < LIMIT, "the mirror has not looked at all rows within {LIMIT:?}");
+            sleep(Duration::from_millis(100)).await;
+        }
+        Ok(self.metric("berth_controller_mirror_resync_seconds").await? * 1e3)
     }
 
     /// Of the process, at rest. Megabytes.
@@ -322,31 +323,27 @@ pub async fn figures(mirror: &Mirror<'_>) -> anyhow::Result<Vec<Figure>> {
     let without = mirror.controller(false).await?.megabytes().await?;
     crate::say("all rows from nothing, then again");
     let controller = mirror.controller(true).await?;
-    let (first, mut synced) = mirror.look(None).await?;
+    let first = controller.look(0.0).await?;
+    let mut again = Vec::new();
+    for n in 1..=LOOKS {
+        again.push(controller.look(n as f64).await?);
+    }
     let with = controller.megabytes().await?;
     drop(controller);
-    let mut again = Vec::new();
-    for _ in 0..LOOKS {
-        let _controller = mirror.controller(true).await?;
-        let (took, ended) = mirror.look(synced.clone()).await?;
-        synced = ended;
-        again.push(took * 1e3);
-    }
-    let (lags, rate, busy) = {
-        let controller = mirror.controller(true).await?;
-        let _ = mirror.look(synced).await?;
-        let (lags, rate) = mirror.stream().await?;
-        (lags, rate, controller.megabytes().await?)
-    };
+    let controller = mirror.controller(true).await?;
+    let started = controller.look(0.0).await?;
+    let (lags, rate) = mirror.stream().await?;
+    let busy = controller.megabytes().await?;
+    drop(controller);
     mirror.clear().await?;
-    let first = Samples::new(vec![first * 1e3])?;
+    let first = Samples::new(vec![first])?;
     Ok(vec![
         Figure::median("mirror_resync", "ms", Better::Lower, &first)
             .note(format!("{BOTS} bots and 4 events of each, into empty tables")),
         Figure::median("mirror_resync_unchanged", "ms", Better::Lower, &Samples::new(again)?)
             .beside("mirror_resync", &first)
             .target(0.05)
-            .note("by a controller that was just started"),
+            .note(format!("every --database-resync-seconds; by a controller that was just started, which looks at all bots too, {started:.0} ms")),
         Figure::new("mirror_lag_p99", "ms", Better::Lower, lags.percentile(99)).target(1000.0).note(format!(
             "{rate:.0} changes a second; p50 {:.0} ms; from etcd's answer to the commit in PostgreSQL",
             lags.percentile(50)

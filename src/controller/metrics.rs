@@ -42,6 +42,7 @@ pub struct Metrics {
     mirror_waiting: Gauge,
     mirror_bots: Counter,
     mirror_looks: Counter,
+    mirror_look: Gauge<f64, AtomicU64>,
     mirror_repairs: Counter,
     mirror_errors: Family<Why, Counter>,
 }
@@ -70,6 +71,7 @@ impl Metrics {
         r.register("mirror_waiting_bots", "Bots whose rows wait", m.mirror_waiting.clone());
         r.register("mirror_bots", "Bots whose rows were written", m.mirror_bots.clone());
         r.register("mirror_resyncs", "Looks at all rows", m.mirror_looks.clone());
+        r.register("mirror_resync_seconds", "How long the last look at all rows took", m.mirror_look.clone());
         r.register("mirror_repairs", "Bots whose rows a look at all rows found wrong", m.mirror_repairs.clone());
         r.register(
             "mirror_errors",
@@ -135,7 +137,8 @@ impl Metrics {
     }
 
     /// All rows were looked at; those of so many bots were wrong.
-    pub fn mirror_looked(&self, wrong: usize) {
+    pub fn mirror_looked(&self, wrong: usize, took: std::time::Duration) {
+        self.mirror_look.set(took.as_secs_f64());
         self.mirror_looks.inc();
         self.mirror_repairs.inc_by(u64::try_from(wrong).unwrap_or(0));
     }

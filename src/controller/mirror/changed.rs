@@ -40,6 +40,8 @@ pub struct Changed {
     taken: Option<Instant>,
     /// Since when all rows have to be looked at.
     behind: Option<Instant>,
+    /// What bots' rows hash to, until they change: all that is needed of those whose rows are right.
+    hashes: HashMap<Name, i64>,
     bell: Arc<Notify>,
 }
 
@@ -51,6 +53,7 @@ impl Changed {
 
     /// A bot's rows may be others now.
     pub fn mark(&mut self, bot: Name, now: Instant) {
+        self.hashes.remove(&bot);
         if self.waiting.insert(bot.clone()) {
             self.order.push_back((now, bot));
             self.bell.notify_one();
@@ -73,6 +76,16 @@ impl Changed {
             }
         }
         self.mark(bot, now);
+    }
+
+    /// What a bot's rows hash to, if that was reckoned since they last changed.
+    pub fn hash(&self, bot: &Name) -> Option<i64> {
+        self.hashes.get(bot).copied()
+    }
+
+    /// Keeps what a bot's rows hash to. To be called under the lock under which its objects were read.
+    pub fn reckoned(&mut self, bot: &Name, hash: i64) {
+        self.hashes.insert(bot.clone(), hash);
     }
 
     /// Takes those that wait longest, `most` at most. [`Changed::written`] or [`Changed::put_back`] comes next.

@@ -321,8 +321,8 @@ async fn all_rows(context: &Arc<Context>, conn: &mut PgConnection, term: i64) ->
     if let Some(changed) = context.world().changed() {
         changed.all_written();
     }
-    context.metrics.mirror_looked(written);
     let took = began.elapsed();
+    context.metrics.mirror_looked(written, took);
     tracing::info!(bots, written, foreign, term, went_back, ?took, "the mirror is what the objects say");
     Ok(known)
 }
@@ -330,8 +330,14 @@ async fn all_rows(context: &Arc<Context>, conn: &mut PgConnection, term: i64) ->
 /// The hash that each bot's rows are to have, by its `container_id`.
 fn expected(context: &Context, names: HashSet<Name>) -> HashMap<String, (Name, Option<i64>)> {
     let hash = |name: Name| {
-        let bot = context.world().rows_of(&name);
-        let hash = row::Rows::of(&name, &bot).map(|rows| rows.container.hash);
+        let mut world = context.world();
+        let mut hash = world.changed().and_then(|changed| changed.hash(&name));
+        if hash.is_none() {
+            hash = row::Rows::of(&name, &world.rows_of(&name)).map(|rows| rows.container.hash);
+            if let (Some(changed), Some(hash)) = (world.changed(), hash) {
+                changed.reckoned(&name, hash);
+            }
+        }
         (row::container_id(&name), (name, hash))
     };
     names.into_iter().map(hash).collect()
