@@ -292,9 +292,14 @@ pub async fn note_synced(conn: &mut PgConnection, term: i64) -> Result<(), Error
     if noted.rows_affected() == 1 { Ok(()) } else { Err(Error::Fenced { step: STEP }) }
 }
 
-/// Whether this session may still write, and the database takes writes.
+/// Whether this session is still the newest. Writes nothing, not even a lock.
 pub async fn ping(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
-    fence(conn, term).await
+    const STEP: &str = "asking whether this session is the newest";
+    let found = sqlx::query_scalar!("SELECT term FROM berth_mirror WHERE term = $1", term)
+        .fetch_optional(conn)
+        .await
+        .map_err(|error| Error::of(STEP, error))?;
+    found.map(drop).ok_or(Error::Fenced { step: STEP })
 }
 
 /// Writes bots, all or none. After an error the connection is in no state to go on with, but for [`Error::Data`].
