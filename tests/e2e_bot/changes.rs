@@ -222,7 +222,7 @@ async fn orders_are_carried_out_once_and_only_new_ones() {
     let first = stage.runs(made).await;
     let process = life(pid(&first));
     let happened = |bot: &BotContainer| status(bot).transitions.iter().map(|t| t.type_.clone()).collect::<Vec<_>>();
-    assert_eq!(happened(&first), ["created", "started"]);
+    assert_eq!(happened(&first), ["scheduled", "pulled", "created", "started"]);
     assert_eq!(status(&first).rollback.as_ref().unwrap().id, "one");
     for (what, at) in [
         ("taken away", Value::Null),

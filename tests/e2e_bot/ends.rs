@@ -124,7 +124,7 @@ async fn a_signal_from_outside_is_told_and_the_bot_restarted_on_its_files() {
     .await;
     assert_eq!(status(&again).network, status(&first).network, "the address stays");
     let happened: Vec<&str> = status(&again).transitions.iter().map(|t| t.type_.as_str()).collect();
-    assert_eq!(happened, ["created", "started", "exited", "started"]);
+    assert_eq!(happened, ["scheduled", "pulled", "created", "started", "exited", "started"]);
 
     // Never restarted, a signal is a failure.
     let never = stage.runs(bot("never").sh(WAIT).restart(RestartPolicy::Never)).await;

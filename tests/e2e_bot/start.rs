@@ -45,7 +45,7 @@ async fn a_bot_runs_answers_on_its_ip_and_says_so() {
     let mut spoken = said.conditions.iter().filter(|c| c.type_ != "Scheduled");
     assert!(spoken.all(|c| c.observed_generation == Some(1)), "{:?}", said.conditions);
     let happened: Vec<&str> = said.transitions.iter().map(|t| t.type_.as_str()).collect();
-    assert_eq!(happened, ["created", "started"]);
+    assert_eq!(happened, ["scheduled", "pulled", "created", "started"]);
     assert_eq!(web.finalizers(), [FINALIZER]);
 
     // As people and tools ask.

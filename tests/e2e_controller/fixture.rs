@@ -77,7 +77,9 @@ fn spawn(root: &Path, name: &str, program: &Path, args: &[String]) -> u32 {
 }
 
 fn start_servers(name: &str) -> Arc<Servers> {
-    let root = std::env::temp_dir().join(format!("berth-e2e-{name}-{}", std::process::id()));
+    // What the run before left is gone.
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{name}", env!("CARGO_CRATE_NAME")));
+    let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).unwrap();
     let (etcd, peer, port) = (free_port(), free_port(), free_port());
     let dir = |name: &str| root.join(name).display().to_string();
