@@ -117,9 +117,15 @@ impl Scene {
         numbered
     }
 
-    /// The object is gone at once, whoever held it.
     async fn delete(&self, name: &str) {
         self.cluster.bots().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+
+    /// Deletes it, and it is gone at once, whoever held it.
+    async fn vanish(&self, name: &str) {
+        self.delete(name).await;
+        let none = json!({"metadata": {"finalizers": null}});
+        let _ = self.cluster.bots().patch(name, &PatchParams::default(), &Patch::Merge(&none)).await;
     }
 
     async fn delete_snapshot(&self, name: &str) {
@@ -140,6 +146,16 @@ impl Scene {
         }
         all
     }
+}
+
+/// Waits until the mirror has looked at all rows two times more.
+async fn looked_twice(controller: &Controller) {
+    let before = controller.metric("berth_controller_mirror_resyncs").await;
+    eventually("two looks at all rows", Duration::from_secs(20), || async {
+        let now = controller.metric("berth_controller_mirror_resyncs").await;
+        if now >= before + 2.0 { Ok(()) } else { Err(format!("{now} after {before}")) }
+    })
+    .await;
 }
 
 fn transition(seq: i64, type_: &str) -> Value {
@@ -223,9 +239,7 @@ async fn versions_outlive_their_bot_in_the_old_tables_and_then_go_with_it() {
     assert_eq!(database.texts("SELECT id FROM snapshots WHERE object_name = 'one'").await, [first.uid().unwrap()]);
 
     // Only versions are left: their snapshots are those of somebody's `Retain`.
-    let none = json!({"metadata": {"finalizers": null}});
-    cluster.bots().delete("web", &DeleteParams::default()).await.unwrap();
-    let _ = cluster.bots().patch("web", &PatchParams::default(), &Patch::Merge(&none)).await;
+    scene.vanish("web").await;
     cluster.gone("web").await;
     database
         .gives(
@@ -248,8 +262,7 @@ async fn versions_outlive_their_bot_in_the_old_tables_and_then_go_with_it() {
         )
         .await;
     assert_eq!(database.texts("SELECT version FROM container_versions ORDER BY version").await, ["1", "2"]);
-    let _ = cluster.bots().delete("again", &DeleteParams::default()).await;
-    let _ = cluster.bots().patch("again", &PatchParams::default(), &Patch::Merge(&none)).await;
+    scene.vanish("again").await;
 
     scene.delete_snapshot("one").await;
     database.gives("SELECT version FROM container_versions", &["2"]).await;
@@ -276,20 +289,9 @@ async fn a_resync_repairs_what_anybody_changed_and_rewrites_nothing_else() {
     }
     database.gives("SELECT count(*) FROM container_versions", &["6"]).await;
     database.gives("SELECT count(*) FROM lifecycle_events", &["18"]).await;
-    let looked = |n: f64| {
-        let controller = &controller;
-        async move {
-            let before = controller.metric("berth_controller_mirror_resyncs").await;
-            eventually("another look at all rows", Duration::from_secs(20), || async {
-                let now = controller.metric("berth_controller_mirror_resyncs").await;
-                if now >= before + n { Ok(()) } else { Err(format!("{now} after {before}")) }
-            })
-            .await;
-        }
-    };
-    looked(2.0).await;
+    looked_twice(&controller).await;
     let right = scene.picture().await;
-    looked(2.0).await;
+    looked_twice(&controller).await;
     assert_eq!(scene.picture().await, right, "rows that were right were rewritten");
 
     let content = |picture: &[String]| -> Vec<String> {
@@ -329,9 +331,9 @@ async fn a_resync_repairs_what_anybody_changed_and_rewrites_nothing_else() {
         })
         .await;
     }
-    looked(2.0).await;
+    looked_twice(&controller).await;
     let again = scene.picture().await;
-    looked(2.0).await;
+    looked_twice(&controller).await;
     assert_eq!(scene.picture().await, again, "after the repairs all is quiet");
 }
 
@@ -459,9 +461,7 @@ async fn a_database_that_refuses_says_why_and_is_caught_up_with_by_itself() {
         .await;
     scene.says("good", "Running", &["scheduled"]).await;
     database.gives("SELECT status FROM containers WHERE object_name = 'good'", &["running"]).await;
-    let none = json!({"metadata": {"finalizers": null}});
-    let _ = cluster.bots().delete("good", &DeleteParams::default()).await;
-    let _ = cluster.bots().patch("good", &PatchParams::default(), &Patch::Merge(&none)).await;
+    scene.vanish("good").await;
     database.gives("SELECT object_name FROM containers_history", &["good"]).await;
 }
 
@@ -591,9 +591,7 @@ async fn a_controller_killed_between_write_and_answer_tells_everything_once() {
     // The bot goes while nobody looks: its end is told all the same, and once.
     controller.signal("KILL");
     let _ = controller.ended().await;
-    let none = json!({"metadata": {"finalizers": null}});
-    let _ = cluster.bots().delete("web", &DeleteParams::default()).await;
-    let _ = cluster.bots().patch("web", &PatchParams::default(), &Patch::Merge(&none)).await;
+    scene.vanish("web").await;
     let events = "SELECT event_type FROM lifecycle_events_history ORDER BY seq";
     for _ in 0..2 {
         let _controller = scene.controller().await;
@@ -789,12 +787,7 @@ async fn of_two_objects_with_one_bot_id_the_row_is_the_holders() {
     scene.says("one", "Running", &["scheduled"]).await;
     cluster.bot("two", json!({"botId": BOT_ID})).await;
     cluster.condition("two", "Ready", "False", "BotIdInUse").await;
-    let looks = controller.metric("berth_controller_mirror_resyncs").await;
-    eventually("two looks", Duration::from_secs(20), || async {
-        let now = controller.metric("berth_controller_mirror_resyncs").await;
-        if now > looks + 1.0 { Ok(()) } else { Err(now.to_string()) }
-    })
-    .await;
+    looked_twice(&controller).await;
     assert_eq!(database.texts("SELECT concat_ws('|', object_name, status) FROM containers").await, ["one|running"]);
     assert!(database.texts("SELECT object_name FROM containers_history").await.is_empty());
     scene.delete("one").await;

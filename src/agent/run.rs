@@ -18,10 +18,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::BotContainer;
 use crate::api::bot_container::DeletionPolicy;
 use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
+use crate::api::{BotContainer, resource_version};
 use crate::network::Cidr;
 
 use super::act::{Actor, StepError, Work};
@@ -714,9 +714,9 @@ fn news(
     news
 }
 
-/// Resource versions are decimal numbers that can be compared (KEP-5504); one that is none counts as oldest.
-fn version(bot: &BotContainer) -> u64 {
-    bot.metadata.resource_version.as_deref().and_then(|version| version.parse().ok()).unwrap_or(0)
+/// One that is no number counts as oldest.
+fn version(bot: &BotContainer) -> i64 {
+    resource_version(&bot.metadata).unwrap_or(0)
 }
 
 /// The same wait, up to a tenth longer, so that many bots do not come at once.

@@ -24,10 +24,17 @@ pub mod crd;
 pub mod ids;
 pub mod rule;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
 pub use bot_container::{BotContainer, BotContainerSpec, BotContainerStatus};
 pub use bot_node::{BotNode, BotNodeSpec, BotNodeStatus};
 pub use bot_record::{BotRecord, BotRecordSpec};
 pub use bot_snapshot::{BotSnapshot, BotSnapshotSpec, BotSnapshotStatus};
+
+/// An object's resourceVersion as a number: those of one kind are comparable (KEP-5504). Revisions of etcd, so never negative.
+pub fn resource_version(metadata: &ObjectMeta) -> Option<i64> {
+    metadata.resource_version.as_deref()?.parse().ok()
+}
 
 /// The API group of every Berth object.
 pub const GROUP: &str = "berth.dev";

@@ -20,7 +20,7 @@ use kube::api::{Api, PostParams};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::api::CONTROLLER;
+use crate::api::{CONTROLLER, resource_version};
 
 /// How long things take in an election. `retry` < `renew_deadline` < `lease`.
 #[derive(Clone, Copy, Debug)]
@@ -280,7 +280,7 @@ impl Elector {
 
 /// Whether a Lease is older than it was seen before, or is not there any more. Pure.
 fn is_older(live: Option<&Lease>, seen: Option<&Lease>) -> bool {
-    let version = |lease: &Lease| lease.metadata.resource_version.as_deref().and_then(|v| v.parse::<u128>().ok());
+    let version = |lease: &Lease| resource_version(&lease.metadata);
     match (live, seen) {
         (Some(live), Some(seen)) => version(live) < version(seen),
         (None, Some(_)) => true,

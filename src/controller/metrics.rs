@@ -114,7 +114,6 @@ impl Metrics {
 
     /// How many wait: bots for a node, objects for a reconcile, nodes for a CIDR.
     pub fn waiting(&self, bots: usize, objects: usize, nodes: usize) {
-        let number = |n| i64::try_from(n).unwrap_or(i64::MAX);
         self.pending.set(number(bots));
         self.depth.set(number(objects));
         self.cidrs_missing.set(number(nodes));
@@ -128,7 +127,7 @@ impl Metrics {
     /// How far behind the mirror is, and how many bots wait.
     pub fn mirror_lags(&self, lag: std::time::Duration, waiting: usize) {
         self.mirror_lag.set(lag.as_secs_f64());
-        self.mirror_waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        self.mirror_waiting.set(number(waiting));
     }
 
     /// Bots' rows were written.
@@ -147,4 +146,8 @@ impl Metrics {
     pub fn mirror_failed(&self, reason: &'static str) {
         self.mirror_errors.get_or_create(&Why { reason }).inc();
     }
+}
+
+fn number(n: usize) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
 }

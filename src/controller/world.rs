@@ -18,7 +18,7 @@ use kube::ResourceExt;
 
 use crate::api::bot_container::RestorePolicy;
 use crate::api::bot_node::Adoption;
-use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
+use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot, resource_version};
 
 use super::bot::{bound_to, home};
 use super::mirror::{self, Changed, LastWords, Tail};
@@ -114,7 +114,7 @@ fn name_of(object: &impl ResourceExt) -> Name {
 
 /// Whether `new` is newer than what is known of the same object, or of another of its name.
 fn newer<K: ResourceExt>(known: Option<&Arc<K>>, new: &K) -> bool {
-    let version = |object: &K| object.resource_version().and_then(|v| v.parse::<u128>().ok());
+    let version = |object: &K| resource_version(object.meta());
     match known {
         None => true,
         Some(known) if known.uid() != new.uid() => {
@@ -479,9 +479,7 @@ impl World {
         match (&status.bot_id, status.version) {
             (Some(id), Some(_)) => {
                 let id = at(id);
-                if let Some(mirrored) = &mut self.mirrored {
-                    mirrored.changed.mark(id.clone(), now);
-                }
+                self.rows_changed(&id, now);
                 self.kept.entry(id).or_default().insert(name.name.clone())
             }
             _ => self.asked.entry(at(&snapshot.spec.bot_container_name)).or_default().insert(name.name.clone()),

@@ -33,7 +33,7 @@ use tokio::time::{Instant, sleep_until};
 use crate::api::bot_snapshot::{Export, SnapshotPhase};
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::BotUid;
-use crate::api::{BotContainer, BotSnapshot};
+use crate::api::{BotContainer, BotSnapshot, resource_version};
 use crate::image::ExportError;
 
 use super::desired::{Keep, Rollback, desired};
@@ -364,10 +364,9 @@ impl Taker {
         if seen.metadata.uid.as_ref() != Some(&self.uid) {
             return None;
         }
-        let version =
-            |snapshot: &BotSnapshot| snapshot.metadata.resource_version.as_deref().and_then(|v| v.parse().ok());
+        let version = |snapshot: &BotSnapshot| resource_version(&snapshot.metadata);
         match &self.written {
-            Some(written) if version(written) > version(&seen).or(Some(0_u64)) => Some(written.clone()),
+            Some(written) if version(written) > version(&seen).or(Some(0)) => Some(written.clone()),
             _ => Some(seen),
         }
     }

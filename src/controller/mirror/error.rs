@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use crate::api::condition;
-
 /// Why rows were not written. They are tried again, or found wrong by the next look at all rows.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -154,10 +152,5 @@ impl Error {
             Self::NotLeading { .. } => "NotLeading",
             Self::Other { .. } => "Other",
         }
-    }
-
-    /// With its causes.
-    pub fn chain(&self) -> String {
-        condition::chain(self)
     }
 }

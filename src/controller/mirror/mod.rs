@@ -31,8 +31,8 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{ConnectOptions as _, Executor as _, PgConnection};
 use tokio_util::sync::CancellationToken;
 
-use crate::api::BotContainer;
-use crate::api::condition::Reason;
+use crate::api::condition::{Reason, chain};
+use crate::api::{BotContainer, resource_version};
 
 use super::event::Note;
 use super::{Context, Name};
@@ -137,7 +137,7 @@ async fn sessions(context: &Arc<Context>, url: &DatabaseUrl, resync: Duration, t
         };
         context.metrics.mirror_connected(false);
         context.metrics.mirror_failed(error.label());
-        let text = error.chain();
+        let text = chain(&error);
         if let Some(changed) = context.world().changed() {
             changed.fall_behind(Instant::now());
         }
@@ -168,21 +168,14 @@ async fn tell(context: &Context, url: &DatabaseUrl, trouble: &Trouble) {
         let lag = since.map(|since| since.elapsed()).unwrap_or_default();
         context.metrics.mirror_lags(lag, waiting);
         let why = trouble.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        match told {
-            None if lag >= LAG => {
-                told = Some(Instant::now());
-                context.events.send(lags(context, url, lag, waiting, why));
-            }
-            Some(at) if lag >= LAG && at.elapsed() >= LAG_AGAIN => {
-                told = Some(Instant::now());
-                context.events.send(lags(context, url, lag, waiting, why));
-            }
-            Some(_) if lag < LAG => {
-                told = None;
+        if lag < LAG {
+            if told.take().is_some() {
                 let text = format!("the rows in {url:?} are again what the objects say");
                 context.events.send(Note::normal(context.lease(), Reason::MirrorCaughtUp, "Mirror", text, once()));
             }
-            _ => {}
+        } else if told.is_none_or(|at| at.elapsed() >= LAG_AGAIN) {
+            told = Some(Instant::now());
+            context.events.send(lags(context, url, lag, waiting, why));
         }
     }
 }
@@ -292,7 +285,7 @@ async fn all_rows(context: &Arc<Context>, conn: &mut PgConnection, term: i64) ->
     });
     let foreign =
         within("putting events aside that are not ours", CALL, write::put_foreign_events_aside(conn, term)).await?;
-    let mut known = within("reading what the tables have", MIGRATE, write::stored(conn)).await?;
+    let mut known = within("reading what the tables have", CALL, write::stored(conn)).await?;
     let expected = match expected.await {
         Ok(expected) => expected,
         // A bug of ours, which is told as any other is.
@@ -348,7 +341,7 @@ fn expected(context: &Context, names: HashSet<Name>) -> HashMap<String, (Name, O
 fn is_ahead(context: &Context, name: &Name, known: &Known) -> bool {
     let Some(stored) = known.get(&row::container_id(name)).filter(|stored| stored.hash.is_some()) else { return false };
     let Some((bot, _)) = context.world().rows_of(name).container else { return false };
-    stored.object_uid == Some(uid_of(&bot.metadata)) && stored.resource_version > row::resource_version(&bot.metadata)
+    stored.object_uid == Some(uid_of(&bot.metadata)) && stored.resource_version > resource_version(&bot.metadata)
 }
 
 /// Asks the API server for bots that the database has a newer state of: this replica's watch is behind, or the cluster went back to
@@ -363,7 +356,7 @@ async fn look_again(context: &Context, ahead: &[Name], known: &Known) -> Result<
         // Its absence comes by the watch.
         let Some(live) = live.map_err(|_| Error::NotLeading { step: STEP })? else { continue };
         let stored = known.get(&row::container_id(name)).and_then(|stored| stored.resource_version);
-        if row::resource_version(&live.metadata) < stored {
+        if resource_version(&live.metadata) < stored {
             tracing::warn!(bot = %name, "the database is newer than the cluster, which was restored: the cluster counts");
             return Ok(true);
         }
@@ -463,7 +456,7 @@ async fn write_some(
                 let error = Error::Data { step, source };
                 for change in some {
                     context.metrics.mirror_failed(error.label());
-                    let text = format!("bot {} is not mirrored: {}", change.container_id, error.chain());
+                    let text = format!("bot {} is not mirrored: {}", change.container_id, chain(&error));
                     tracing::error!("{text}");
                     context.events.send(Note::warning(
                         context.lease(),

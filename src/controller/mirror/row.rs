@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::api::bot_container::{DataSpec, OperatingMode, Phase};
 use crate::api::bot_snapshot::{SnapshotPhase, SnapshotSource, Taken};
-use crate::api::{BotContainer, BotSnapshot};
+use crate::api::{BotContainer, BotSnapshot, resource_version};
 
 use super::super::Name;
 
@@ -529,11 +529,6 @@ fn source_word(source: SnapshotSource) -> &'static str {
 pub fn uid_of(metadata: &ObjectMeta) -> Uuid {
     let uid = metadata.uid.as_deref().unwrap_or_default();
     Uuid::parse_str(uid).unwrap_or_else(|_| derive(&format!("uid {uid}")))
-}
-
-/// An object's resourceVersion as a number: those of one kind are comparable (KEP-5504).
-pub fn resource_version(metadata: &ObjectMeta) -> Option<i64> {
-    metadata.resource_version.as_deref()?.parse().ok()
 }
 
 /// A UUID that is always the same for the same words (RFC 9562, version 5).

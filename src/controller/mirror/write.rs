@@ -1,6 +1,7 @@
 //! The transactions. Each begins with the fence (the session's term must be the newest) and leaves the rows of the bots that it is of as
 //! the objects say, whatever they were: what is right already is not touched.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use k8s_openapi::jiff::Timestamp;
@@ -306,7 +307,8 @@ pub async fn ping(conn: &mut PgConnection, term: i64) -> Result<(), Error> {
 pub async fn write(conn: &mut PgConnection, term: i64, changes: &[Change]) -> Result<(), Error> {
     let mut tx = conn.begin().await.map_err(|error| Error::of("beginning a transaction", error))?;
     fence(&mut tx, term).await?;
-    let changes = &unheard(&mut tx, changes).await?;
+    let changes = unheard(&mut tx, changes).await?;
+    let changes = changes.as_ref();
     came_back(&mut tx, changes).await?;
     let vanished = changes.iter().filter(|change| change.vanished().is_some());
     write_down(&mut tx, vanished.map(|change| (&change.container_id, change.has_versions()))).await?;
@@ -334,11 +336,10 @@ pub async fn write(conn: &mut PgConnection, term: i64, changes: &[Change]) -> Re
 }
 
 /// The changes without what is in the history already: a replica that was not the leader has heard the same last words.
-async fn unheard(tx: &mut PgConnection, changes: &[Change]) -> Result<Vec<Change>, Error> {
-    let mut changes = changes.to_vec();
+async fn unheard<'a>(tx: &mut PgConnection, changes: &'a [Change]) -> Result<Cow<'a, [Change]>, Error> {
     let uids: Vec<Uuid> = changes.iter().flat_map(|change| change.ended.iter().map(|ended| ended.uid)).collect();
     if uids.is_empty() {
-        return Ok(changes);
+        return Ok(changes.into());
     }
     let heard =
         sqlx::query_scalar!(r#"SELECT object_uid AS "uid!" FROM containers_history WHERE object_uid = ANY($1)"#, &uids)
@@ -346,11 +347,12 @@ async fn unheard(tx: &mut PgConnection, changes: &[Change]) -> Result<Vec<Change
             .await
             .map_err(|error| Error::of("asking which ends are known", error))?;
     let heard: HashSet<Uuid> = heard.into_iter().collect();
+    let mut changes = changes.to_vec();
     for change in &mut changes {
         let Change { ended, alive, .. } = change;
         ended.retain(|ended| !heard.contains(&ended.uid) && !alive.contains(&ended.uid));
     }
-    Ok(changes)
+    Ok(changes.into())
 }
 
 /// Takes out of the history what is there again: a cluster that was restored from a backup, a bot whose botId is used again.
