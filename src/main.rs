@@ -66,7 +66,7 @@ fn main() -> ExitCode {
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
         }
-        Part::Agent(args) => serve(command.log_format, &command.log_filter, |stop| berth::agent::run(*args, stop)),
+        Part::Agent(args) => agent(*args, command.log_format, &command.log_filter),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -101,6 +101,13 @@ where
         });
         part(stop).await
     })
+}
+
+/// First what only a process of one thread can do.
+fn agent(args: AgentArgs, format: LogFormat, filter: &str) -> anyhow::Result<()> {
+    let pod = args.enter_host.then(berth::agent::host::Pod::leave).transpose()?;
+    berth::agent::host::drop_capabilities()?;
+    serve(format, filter, |stop| berth::agent::run(args, pod, stop))
 }
 
 fn diff(before: &str, now: &str, state_dir: &std::path::Path) -> anyhow::Result<()> {

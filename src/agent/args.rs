@@ -15,6 +15,7 @@ use crate::output::OutputOptions;
 
 use super::bundle;
 use super::disk::DiskOptions;
+use super::host::Pod;
 use super::node::NodeFacts;
 
 /// Runs the bots of one node on its containerd. Ended by TERM; its bots run on.
@@ -23,6 +24,10 @@ pub struct AgentArgs {
     /// Name of this node: of its BotNode, its Lease, and of the Node where there is one.
     #[arg(long, env = "BERTH_NODE_NAME", value_name = "NAME")]
     pub node_name: String,
+
+    /// Enter the host's mount namespace first: for an agent in a Pod, which must be privileged and have hostPID: true.
+    #[arg(long, env = "BERTH_ENTER_HOST")]
+    pub enter_host: bool,
 
     /// containerd's socket.
     #[arg(
@@ -83,13 +88,14 @@ pub struct AgentArgs {
     #[arg(long, env = "BERTH_CGROUP_PARENT", value_name = "PATH", default_value = "/berth")]
     pub cgroup_parent: String,
 
-    /// Addresses of the cluster's DNS, for dnsPolicy ClusterFirst. Without any, bots get the node's.
+    /// Addresses of the cluster's DNS, for dnsPolicy ClusterFirst. Without any, those that kubelet gave to the Pod that the agent is in;
+    /// else bots get the node's.
     #[arg(long, env = "BERTH_CLUSTER_DNS", value_name = "IP", value_delimiter = ',')]
     pub cluster_dns: Vec<std::net::IpAddr>,
 
-    /// Domain of the cluster's DNS.
-    #[arg(long, env = "BERTH_CLUSTER_DOMAIN", value_name = "DOMAIN", default_value = "cluster.local")]
-    pub cluster_domain: String,
+    /// Domain of the cluster's DNS. Default: cluster.local.
+    #[arg(long, env = "BERTH_CLUSTER_DOMAIN", value_name = "DOMAIN")]
+    pub cluster_domain: Option<String>,
 
     /// The node's resolv.conf.
     #[arg(long, env = "BERTH_RESOLV_CONF", value_name = "PATH", default_value = "/etc/resolv.conf")]
@@ -215,9 +221,20 @@ impl AgentArgs {
         format!("/{}/logger", self.cgroup_parent.trim_matches('/'))
     }
 
-    /// This program's own file, for the processes that it starts.
-    pub fn program(&self) -> anyhow::Result<PathBuf> {
-        std::env::current_exe().context("can't find this program's own file, for loggers and copiers")
+    /// This program, for the processes that it starts: the very file that runs, wherever it is mounted, also when another was put
+    /// in its place or the Pod that it came in is gone.
+    pub fn program(&self) -> PathBuf {
+        PathBuf::from("/proc/self/exe")
+    }
+
+    /// Of an agent that left its Pod: files are named as the Pod sees them, and kubelet told it the cluster's DNS.
+    pub fn of_pod(mut self, pod: &Pod) -> Self {
+        self.registry_ca = self.registry_ca.iter().map(|path| pod.path(path)).collect();
+        if let Some(dns) = pod.cluster_dns.as_ref().filter(|_| self.cluster_dns.is_empty()) {
+            self.cluster_dns.clone_from(&dns.ips);
+            self.cluster_domain.get_or_insert_with(|| dns.domain.clone());
+        }
+        self
     }
 
     /// How long an orphan is left alone.
@@ -272,15 +289,15 @@ impl AgentArgs {
     }
 
     /// For the output of bots.
-    pub fn output_options(&self) -> anyhow::Result<OutputOptions> {
-        Ok(OutputOptions {
+    pub fn output_options(&self) -> OutputOptions {
+        OutputOptions {
             log_root: self.log_dir.clone(),
             run_dir: self.run_dir.clone(),
             max_file_bytes: self.log_file_bytes,
             max_files: self.log_files,
             cgroup: Some(self.helpers_cgroup()),
-            program: self.program()?,
-        })
+            program: self.program(),
+        }
     }
 
     /// For images. Reads the files of `--registry-ca`.
@@ -321,7 +338,10 @@ impl AgentArgs {
             seccomp_dir: self.state_dir.join("seccomp"),
             zoneinfo_dir: PathBuf::from("/usr/share/zoneinfo"),
             resolv_conf: self.resolv_conf.clone(),
-            cluster_dns: ClusterDns { ips: self.cluster_dns.clone(), domain: self.cluster_domain.clone() },
+            cluster_dns: ClusterDns {
+                ips: self.cluster_dns.clone(),
+                domain: self.cluster_domain.clone().unwrap_or_else(|| "cluster.local".to_owned()),
+            },
             node_name: self.node_name.clone(),
             hostname: hostname(),
             host_ips: ips.map(|address| address.address.clone()).collect(),

@@ -41,6 +41,7 @@ pub mod disk;
 pub mod failpoint;
 pub mod floor;
 pub mod gate;
+pub mod host;
 pub mod labels;
 pub mod lineage;
 pub mod metrics;
@@ -97,6 +98,7 @@ use crate::telemetry::Health;
 use act::Actor;
 use bundle::Bundle;
 use cgroup::Cgroups;
+use host::Pod;
 use metrics::Metrics;
 use node::{NodeFacts, Registration};
 use observe::Observer;
@@ -120,8 +122,12 @@ const DEBTS: Duration = Duration::from_secs(2);
 /// How often is looked for it then.
 const SWEEP_STIRRED: Duration = Duration::from_secs(20);
 
-/// Runs the agent until `stop`; bots run on after it.
-pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()> {
+/// Runs the agent until `stop`; bots run on after it. `pod` is the one that it left, if it did.
+pub async fn run(args: AgentArgs, pod: Option<Pod>, stop: CancellationToken) -> anyhow::Result<()> {
+    let args = match &pod {
+        Some(pod) => args.of_pod(pod),
+        None => args,
+    };
     let mut registry = prometheus_client::registry::Registry::default();
     let metrics = Metrics::register(&mut registry);
     let health = Health::new(registry);
@@ -149,7 +155,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
         return Ok(());
     }
 
-    let client = crate::client::connect().await?;
+    let client = crate::client::connect(pod.as_ref().and_then(|pod| pod.config.clone())).await?;
     let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
     ensure_namespace(&containerd, &stop).await;
     let snapshotters = until_done(&metrics, &stop, async || {
@@ -190,7 +196,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     });
     let Some(network) = network.await else { return Ok(()) };
     let network = network.context("the network of bots can't be used")?;
-    let output = Output::new(args.output_options()?);
+    let output = Output::new(args.output_options());
     let attached = until_done(&metrics, &stop, async || {
         let failed = |error: crate::output::OutputError| {
             (error.reason(), anyhow::Error::new(error).context("the logger of bots' output can't be started"))
@@ -247,7 +253,7 @@ pub async fn run(args: AgentArgs, stop: CancellationToken) -> anyhow::Result<()>
     // What an agent before this one owes: a bot that it had frozen for a snapshot, and no copier left to thaw it.
     let debts = args.debts_dir();
     settle_debts(&debts, &metrics);
-    let copiers = Copiers::new(args.program()?, Some(args.helpers_cgroup()));
+    let copiers = Copiers::new(args.program(), Some(args.helpers_cgroup()));
     let versions = Versions::new(containerd.clone(), copiers, args.snapshots_dir(), args.mnt_dir());
     let (bots, mut writer) = store::<BotContainer>();
     let (snapshots, mut snapshot_writer) = store::<BotSnapshot>();

@@ -42,7 +42,9 @@ pub struct PublishFailed {
 impl Publisher {
     /// `node` names this agent in Events.
     pub fn new(client: Client, node: String, metrics: Metrics) -> Self {
-        let reporter = Reporter { controller: AGENT.to_owned(), instance: Some(node.clone()) };
+        // The API server takes 128 characters; a node may have more.
+        let instance = node.chars().take(128).collect();
+        let reporter = Reporter { controller: format!("berth.dev/{AGENT}"), instance: Some(instance) };
         Self { recorder: Recorder::new(client.clone(), reporter), client, node, metrics }
     }
 

@@ -305,7 +305,7 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         retry: Duration::from_secs(args.leader_retry_seconds),
     }
     .check()?;
-    let client = crate::client::connect().await?;
+    let client = crate::client::connect(None).await?;
     let database = args.database_url.and_then(|MaybeDatabaseUrl(url)| url);
 
     let mut registry = Registry::default();

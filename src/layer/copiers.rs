@@ -76,7 +76,7 @@ impl Copiers {
     fn spawn(&self) -> Result<(Child, ChildStdin, ChildStdout), CopierError> {
         let failed = |source| CopierError::Start { program: self.program.clone(), source };
         let mut command = Command::new(&self.program);
-        command.arg(SUBCOMMAND).args(&self.cgroup);
+        command.arg0("berth").arg(SUBCOMMAND).args(&self.cgroup);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut child = command.spawn().map_err(failed)?;
         let missing = || failed(io::Error::other("no pipe"));
