@@ -17,13 +17,14 @@ pub const ANSWER: Duration = Duration::from_secs(15);
 /// How long a begun answer may bring nothing: twice as long as between two bookmarks of a watch.
 const SILENCE: Duration = Duration::from_secs(120);
 
-/// A client of the cluster of `config`; without it of that of `KUBECONFIG`, or of the one that this process runs in. HTTP/1.1 alone is spoken, so a call
-/// that is given up takes its connection along, and the next one does not wait on a dead one.
-pub async fn connect(config: Option<Config>) -> anyhow::Result<Client> {
-    let mut config = match config {
-        Some(config) => config,
-        None => Config::infer().await.context("no way to a cluster; set KUBECONFIG, or run in a Pod")?,
-    };
+/// The way to the cluster of `KUBECONFIG`, or to the one that this process runs in.
+pub async fn config() -> anyhow::Result<Config> {
+    Config::infer().await.context("no way to a cluster; set KUBECONFIG, or run in a Pod")
+}
+
+/// A client. HTTP/1.1 alone is spoken, so a call that is given up takes its connection along, and the next one does not wait
+/// on a dead one.
+pub fn client(mut config: Config) -> anyhow::Result<Client> {
     config.read_timeout = Some(SILENCE);
     // What counts is the time since the question, not since the connection was last used.
     config.reset_reader_on_write = true;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use berth::agent::AgentArgs;
+use berth::agent::host::{Host, Pod};
 use berth::controller::ControllerArgs;
 use berth::telemetry::{LogFormat, init_logs};
 use clap::{Parser, Subcommand};
@@ -49,6 +50,16 @@ enum Part {
     },
     /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
     Agent(Box<AgentArgs>),
+    /// Take all that Berth has off a node: bots, their files, versions, images, network. After its agent is gone. Says what there is;
+    /// does it with --yes.
+    NodeCleanup {
+        /// The agent's, as it was started.
+        #[command(flatten)]
+        agent: Box<AgentArgs>,
+        /// Do it. What bots wrote on this node is lost.
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -66,6 +77,7 @@ fn main() -> ExitCode {
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
         }
+        Part::NodeCleanup { agent, yes } => cleanup(*agent, yes, command.log_format, &command.log_filter),
         Part::Agent(args) => agent(*args, command.log_format, &command.log_filter),
     };
     match done {
@@ -105,9 +117,17 @@ where
 
 /// First what only a process of one thread can do.
 fn agent(args: AgentArgs, format: LogFormat, filter: &str) -> anyhow::Result<()> {
-    let pod = args.enter_host.then(berth::agent::host::Pod::leave).transpose()?;
-    berth::agent::host::drop_capabilities()?;
-    serve(format, filter, |stop| berth::agent::run(args, pod, stop))
+    let host = Host::settle(args.enter_host)?;
+    serve(format, filter, |stop| berth::agent::run(args, host, stop))
+}
+
+fn cleanup(args: AgentArgs, yes: bool, format: LogFormat, filter: &str) -> anyhow::Result<()> {
+    let pod = args.enter_host.then(Pod::leave).transpose()?;
+    let args = match &pod {
+        Some(pod) => args.of_pod(pod),
+        None => args,
+    };
+    serve(format, filter, |_| berth::agent::cleanup::run(args, yes))
 }
 
 fn diff(before: &str, now: &str, state_dir: &std::path::Path) -> anyhow::Result<()> {

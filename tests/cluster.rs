@@ -10,11 +10,9 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use berth::api::bot_node::{BotNode, BotNodeSpec};
-use berth::api::{BotContainer, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
+use berth::api::BotContainer;
 use k8s_openapi::api::authentication::v1::SelfSubjectReview;
-use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 
@@ -176,75 +174,6 @@ async fn an_agents_token_is_its_nodes_and_dies_with_it() {
         }
     })
     .await;
-}
-
-/// That the answer is 403 and nothing else.
-#[track_caller]
-fn refused<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {
-    match answer {
-        Err(kube::Error::Api(status)) if status.code == 403 => {}
-        other => panic!("{what}: expected 403, got {other:?}"),
-    }
-}
-
-#[tokio::test]
-async fn an_agent_may_do_its_work_and_nothing_else() {
-    let cluster = Cluster::shared();
-    let agent = Agent::prepare(cluster, "rights");
-    let ns = Namespace::create(cluster, "rights").await;
-    ns.apply(bot("web").on(agent.node())).await;
-    let client = agent.client().await;
-
-    // Its work.
-    let bots = Api::<BotContainer>::namespaced(client.clone(), ns.name());
-    let all = Api::<BotContainer>::all(client.clone());
-    all.list(&ListParams::default().fields(&format!("status.nodeName={}", agent.node()))).await.unwrap();
-    let seen = bots.get("web").await.unwrap();
-    let status = serde_json::json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer",
-        "metadata": {"resourceVersion": seen.metadata.resource_version}, "status": {"phase": "Starting"}});
-    let apply = PatchParams::apply("berth-agent").force();
-    bots.patch_status("web", &apply, &Patch::Apply(&status)).await.unwrap();
-    let botnodes = Api::<BotNode>::all(client.clone());
-    botnodes.create(&PostParams::default(), &BotNode::new(agent.node(), BotNodeSpec::default())).await.unwrap();
-    let leases = Api::<Lease>::namespaced(client.clone(), NODE_LEASE_NAMESPACE);
-    let metadata = ObjectMeta { name: Some(agent.node().to_owned()), ..ObjectMeta::default() };
-    leases.create(&PostParams::default(), &Lease { metadata, spec: None }).await.unwrap();
-    let no_secret = Api::<Secret>::namespaced(client.clone(), ns.name()).get_opt("none").await.unwrap();
-    assert!(no_secret.is_none());
-
-    // And nothing else.
-    let spec = serde_json::json!({"spec": {"image": "example.com/evil:1"}});
-    let merge = PatchParams::default();
-    refused("a bot's spec", bots.patch("web", &merge, &Patch::Merge(&spec)).await);
-    refused("a bot's deletion", bots.delete("web", &DeleteParams::default()).await);
-    let mine = BotContainer::new("mine", seen.spec.clone());
-    refused("a bot of its own", bots.create(&PostParams::default(), &mine).await);
-    let secrets = Api::<Secret>::all(client.clone());
-    refused("all Secrets", secrets.list(&ListParams::default()).await);
-    let cidr = serde_json::json!({"spec": {"botCIDR": "10.0.0.0/8"}});
-    refused("its CIDR", botnodes.patch(agent.node(), &merge, &Patch::Merge(&cidr)).await);
-    refused("a BotNode's deletion", botnodes.delete(agent.node(), &DeleteParams::default()).await);
-    let nodes = Api::<Node>::all(client.clone());
-    refused("Nodes", nodes.list(&ListParams::default()).await);
-    let leader = Api::<Lease>::namespaced(client.clone(), SYSTEM_NAMESPACE);
-    refused("the leader's Lease", leader.list(&ListParams::default()).await);
-    let accounts = Api::<k8s_openapi::api::core::v1::ServiceAccount>::namespaced(client, SYSTEM_NAMESPACE);
-    let token = k8s_openapi::api::authentication::v1::TokenRequest::default();
-    refused("a token", accounts.create_token_request("berth-controller", &PostParams::default(), &token).await);
-}
-
-#[tokio::test]
-async fn the_controller_reads_no_secret() {
-    let cluster = Cluster::shared();
-    let client = cluster.client_of("controller/kubeconfig").await;
-    Api::<BotContainer>::all(client.clone()).list(&ListParams::default()).await.unwrap();
-    Api::<Node>::all(client.clone()).list(&ListParams::default()).await.unwrap();
-    let leases = Api::<Lease>::namespaced(client.clone(), SYSTEM_NAMESPACE);
-    assert!(leases.get_opt("none").await.unwrap().is_none());
-    refused("Secrets", Api::<Secret>::all(client.clone()).list(&ListParams::default()).await);
-    refused("a Secret", Api::<Secret>::namespaced(client.clone(), SYSTEM_NAMESPACE).get("any").await);
-    let nodes = Api::<Node>::all(client);
-    refused("a Node's deletion", nodes.delete("any", &DeleteParams::default()).await);
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::RemoveSnapshotRequest;
@@ -13,7 +14,6 @@ use containerd_client::services::v1::{
 };
 use containerd_client::types::v1::Status as TaskState;
 use jiff::Timestamp;
-use kube::Client;
 use prost_types::{Any, FieldMask};
 use tonic::Code;
 
@@ -25,6 +25,7 @@ use crate::image::{Credentials, Image, ImageError, Images};
 use crate::network::{Cidr, Network, NetworkError, Owner};
 use crate::output::{BotDirName, Output, OutputError};
 
+use super::account::Account;
 use super::bundle::{self, Bundle, BundleError};
 use super::desired::{Alive, Desired, Goal};
 use super::failpoint::{Effect, around};
@@ -188,8 +189,8 @@ pub struct Actor {
     pub network: Network,
     /// The output.
     pub output: Output,
-    /// The way to the API server, for Secrets and ConfigMaps.
-    pub client: Client,
+    /// Reads Secrets and ConfigMaps.
+    pub account: Arc<Account>,
     /// Makes OCI specs and the files to be mounted.
     pub bundle: Bundle,
     /// What is left of tasks.
@@ -422,8 +423,9 @@ impl Actor {
     }
 
     async fn credentials(&self, alive: &Alive, namespace: &str) -> Result<Credentials, StepError> {
-        let secrets =
-            References::read_pull_secrets(&self.client, namespace, &alive.spec).await.map_err(StepError::References)?;
+        let secrets = References::read_pull_secrets(&self.account, namespace, &alive.spec)
+            .await
+            .map_err(StepError::References)?;
         let mut credentials = Credentials::anonymous();
         for named in &alive.spec.image_pull_secrets {
             // As kubelet does: a pull secret that is missing is passed over, since the pull may work without it.
@@ -457,7 +459,7 @@ impl Actor {
         let layer = work.observed.layer.as_ref().ok_or(StepError::Changed("the bot has no layer"))?;
         let old = work.record();
         let (references, mounts) = tokio::join!(
-            References::read(&self.client, &work.desired.namespace, &alive.spec),
+            References::read(&self.account, &work.desired.namespace, &alive.spec),
             self.versions.mounts(&work.desired.snapshotter, &layer.key),
         );
         let (references, mounts) = (references.map_err(StepError::References)?, mounts.map_err(StepError::Runtime)?);

@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::NodeAddress;
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 use crate::image::{Authority, CollectionPolicy, ImageOptions, Mirror};
-use crate::network::{ClusterDns, NetworkOptions};
+use crate::network::{ClusterDns, NetworkOptions, Nft};
 use crate::output::OutputOptions;
 
 use super::bundle;
@@ -163,6 +163,10 @@ pub struct AgentArgs {
     #[arg(long, env = "BERTH_ORPHAN_RETENTION", value_name = "DURATION", default_value = "7d", value_parser = duration)]
     pub orphan_retention: Duration,
 
+    /// What loads the packet rules.
+    #[arg(skip)]
+    pub nft: Nft,
+
     /// Where /healthz, /readyz and /metrics are served; none without it.
     #[arg(long, env = "BERTH_HEALTH_ADDRESS", value_name = "IP:PORT")]
     pub health_address: Option<SocketAddr>,
@@ -229,6 +233,7 @@ impl AgentArgs {
 
     /// Of an agent that left its Pod: files are named as the Pod sees them, and kubelet told it the cluster's DNS.
     pub fn of_pod(mut self, pod: &Pod) -> Self {
+        self.nft = Nft::Folder(pod.path(Path::new("/usr/libexec/nft")));
         self.registry_ca = self.registry_ca.iter().map(|path| pod.path(path)).collect();
         if let Some(dns) = pod.cluster_dns.as_ref().filter(|_| self.cluster_dns.is_empty()) {
             self.cluster_dns.clone_from(&dns.ips);
@@ -284,6 +289,7 @@ impl AgentArgs {
             run_dir: self.run_dir.clone(),
             state_dir: self.state_dir.clone(),
             bridge: self.bridge_name.clone(),
+            nft: self.nft.clone(),
             ..NetworkOptions::default()
         }
     }

@@ -154,6 +154,30 @@ impl Cgroups {
         }
     }
 
+    /// Kills every process below the parent, helpers of the agent among them, then removes the parent with all below it. Blocks.
+    ///
+    /// # Errors
+    /// When something is left.
+    pub fn clear(&self) -> Result<(), CgroupError> {
+        for parent in self.parents().into_iter().filter(|parent| parent.exists()) {
+            for group in tree(&parent) {
+                // A frozen process does not die of KILL on v1 (runc #3134); the file is not there on v2.
+                let _ = std::fs::write(group.join("freezer.state"), "THAWED");
+            }
+            for _ in 0..KILL_ROUNDS {
+                let killed: Vec<OwnedFd> = tree(&parent).iter().flat_map(|group| kill_in(group)).collect();
+                for process in &killed {
+                    let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
+                    let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
+                }
+            }
+            for group in tree(&parent) {
+                std::fs::remove_dir(&group).map_err(|source| CgroupError { path: group.clone(), source })?;
+            }
+        }
+        Ok(())
+    }
+
     /// Removes a bot's cgroups where no process is in them: the kernel sees to that. Blocks.
     pub fn remove(&self, id: &ContainerId) {
         for group in self.dirs(id).into_iter().flat_map(|dir| tree(&dir)) {

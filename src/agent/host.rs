@@ -19,8 +19,33 @@ use rustix::fs::{Mode, OFlags};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType};
 
 use crate::network::{ClusterDns, ResolvConf};
+use crate::oci::NodeFacts;
 
 const OWN: &str = "/proc/self/ns/mnt";
+
+/// The process where it does its work.
+#[derive(Debug)]
+pub struct Host {
+    /// The Pod that it came from, if it did.
+    pub pod: Option<Pod>,
+    /// What this machine is.
+    pub machine: NodeFacts,
+}
+
+impl Host {
+    /// Leaves the Pod if `enter`, looks at the machine, and gives up the rights that are not used. To be called while the
+    /// process has one thread: the kernel moves no more than that, and rights are a thread's.
+    ///
+    /// # Errors
+    /// When the Pod lacks `hostPID: true` or is not privileged, or no bot can run on this machine.
+    pub fn settle(enter: bool) -> anyhow::Result<Self> {
+        let pod = enter.then(Pod::leave).transpose()?;
+        // Before rights are given up: what bots may have at most is what containerd has.
+        let machine = NodeFacts::read().context("this machine can't run bots")?;
+        drop_capabilities()?;
+        Ok(Self { pod, machine })
+    }
+}
 
 /// What is left of the Pod after the agent went out of it. As long as this lives, so do the Pod's mounts.
 #[derive(Debug)]
@@ -34,10 +59,7 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Enters the host's mount namespace. To be called while the process has one thread: the kernel moves no more than that.
-    ///
-    /// # Errors
-    /// When the Pod lacks `hostPID: true` or is not privileged.
+    /// Enters the host's mount namespace.
     pub fn leave() -> anyhow::Result<Self> {
         let config = match std::env::var_os("KUBECONFIG") {
             Some(_) => None,
@@ -74,10 +96,10 @@ impl Pod {
         Ok(pod)
     }
 
-    /// Where an absolute path of the Pod is to be found from now on.
+    /// Where an absolute path of the Pod is to be found from now on, also by programs that this process starts.
     pub fn path(&self, path: &Path) -> PathBuf {
         let below = path.strip_prefix("/").unwrap_or(path);
-        Path::new("/proc/self/fd").join(self.root.as_raw_fd().to_string()).join(below)
+        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.root.as_raw_fd())).join(below)
     }
 }
 
@@ -114,12 +136,8 @@ const UNUSED: [CapabilitySet; 21] = [
     CapabilitySet::WAKE_ALARM,
 ];
 
-/// Gives up the rights that are not used, for this process and all that it starts. To be called while it has one thread:
-/// rights are a thread's.
-///
-/// # Errors
-/// When the kernel refuses: the process is not root's.
-pub fn drop_capabilities() -> anyhow::Result<()> {
+/// Gives up the rights that are not used, for this process and all that it starts.
+fn drop_capabilities() -> anyhow::Result<()> {
     let failed = "can't give up capabilities; the agent must run as root";
     let mut sets = rustix::thread::capabilities(None).context(failed)?;
     for capability in UNUSED {

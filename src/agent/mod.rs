@@ -30,10 +30,12 @@
 //! Who owns what: a bot's loop alone touches what bears its uid; the sweeper touches only uids that have no loop. The
 //! agent keeps nothing in memory that a restart would miss: containerd, the API and the disk hold all of it.
 
+pub mod account;
 pub mod act;
 pub mod args;
 pub mod bundle;
 pub mod cgroup;
+pub mod cleanup;
 pub mod cost;
 pub mod desired;
 pub mod diff;
@@ -95,10 +97,11 @@ use crate::network::Network;
 use crate::output::Output;
 use crate::telemetry::Health;
 
+use account::Account;
 use act::Actor;
 use bundle::Bundle;
 use cgroup::Cgroups;
-use host::Pod;
+use host::Host;
 use metrics::Metrics;
 use node::{NodeFacts, Registration};
 use observe::Observer;
@@ -122,8 +125,9 @@ const DEBTS: Duration = Duration::from_secs(2);
 /// How often is looked for it then.
 const SWEEP_STIRRED: Duration = Duration::from_secs(20);
 
-/// Runs the agent until `stop`; bots run on after it. `pod` is the one that it left, if it did.
-pub async fn run(args: AgentArgs, pod: Option<Pod>, stop: CancellationToken) -> anyhow::Result<()> {
+/// Runs the agent until `stop`; bots run on after it.
+pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow::Result<()> {
+    let Host { pod, mut machine } = host;
     let args = match &pod {
         Some(pod) => args.of_pod(pod),
         None => args,
@@ -155,7 +159,12 @@ pub async fn run(args: AgentArgs, pod: Option<Pod>, stop: CancellationToken) -> 
         return Ok(());
     }
 
-    let client = crate::client::connect(pod.as_ref().and_then(|pod| pod.config.clone())).await?;
+    let config = match pod.as_ref().and_then(|pod| pod.config.clone()) {
+        Some(config) => config,
+        None => crate::client::config().await?,
+    };
+    let client = crate::client::client(config.clone())?;
+    let account = Arc::new(Account::new(args.node_name.clone(), client.clone(), config));
     let containerd = Containerd::new(&args.containerd_address, &args.containerd_namespace)?;
     ensure_namespace(&containerd, &stop).await;
     let snapshotters = until_done(&metrics, &stop, async || {
@@ -168,7 +177,6 @@ pub async fn run(args: AgentArgs, pod: Option<Pod>, stop: CancellationToken) -> 
         snapshotters.push(args.snapshotter.clone());
     }
 
-    let mut machine = crate::oci::NodeFacts::read().context("this machine can't run bots")?;
     machine.default_pids_limit = Some(args.default_pids_limit);
     let cgroups = Cgroups::detect(&args.cgroup_parent);
     let (cpu, memory) = args
@@ -272,7 +280,7 @@ pub async fn run(args: AgentArgs, pod: Option<Pod>, stop: CancellationToken) -> 
             images,
             network: network.clone(),
             output: output.clone(),
-            client: client.clone(),
+            account,
             bundle,
             shims: shims.clone(),
             versions,

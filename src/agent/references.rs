@@ -1,20 +1,17 @@
 //! Secrets and ConfigMaps that a bot's spec names: read at each start, never kept, never logged.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
-use kube::{Api, Client};
+use kube::Api;
+
+pub use crate::api::reference::Kind;
 
 use crate::api::BotContainerSpec;
+use crate::api::reference::Reference;
 
-/// What kind of object a reference is to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Kind {
-    /// A Secret.
-    Secret,
-    /// A ConfigMap.
-    ConfigMap,
-}
+use super::account::{Account, AccountError};
 
 /// The data of the objects that a spec names; an object that does not exist has no entry.
 #[derive(Clone, Default)]
@@ -24,54 +21,63 @@ pub struct References {
 
 /// An object that a spec names could not be read.
 #[derive(Debug, thiserror::Error)]
-#[error("can't read {kind:?} {namespace}/{name}, which the bot's spec names")]
-pub struct ReadFailed {
-    kind: Kind,
-    namespace: String,
-    name: String,
-    source: Box<kube::Error>,
+pub enum ReadFailed {
+    /// The API server refused, or gave no answer.
+    #[error("can't read {kind:?} {namespace}/{name}, which the bot's spec names")]
+    Object {
+        /// Of what kind it is.
+        kind: Kind,
+        /// Where it is.
+        namespace: String,
+        /// What it is called.
+        name: String,
+        /// Why not.
+        source: Box<kube::Error>,
+    },
+    /// There is nobody to read it as.
+    #[error("can't read what the bot's spec names")]
+    Account(#[from] AccountError),
 }
+
+/// How long the controller's grant may be on its way when a bot names something new: written, and learned by the API server.
+const GRANTS: [Duration; 6] = [
+    Duration::from_millis(20),
+    Duration::from_millis(80),
+    Duration::from_millis(200),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
 
 impl References {
     /// Reads all that `spec` names, each object once.
-    pub async fn read(client: &Client, namespace: &str, spec: &BotContainerSpec) -> Result<Self, ReadFailed> {
-        Self::fetch(client, namespace, names(spec)).await
+    pub async fn read(account: &Account, namespace: &str, spec: &BotContainerSpec) -> Result<Self, ReadFailed> {
+        Self::fetch(account, namespace, spec.references()).await
     }
 
     /// Reads the Secrets that `spec.imagePullSecrets` names.
     pub async fn read_pull_secrets(
-        client: &Client,
+        account: &Account,
         namespace: &str,
         spec: &BotContainerSpec,
     ) -> Result<Self, ReadFailed> {
-        let names = spec.image_pull_secrets.iter().map(|secret| (Kind::Secret, secret.name.clone())).collect();
-        Self::fetch(client, namespace, names).await
+        Self::fetch(account, namespace, spec.pull_secrets()).await
     }
 
-    async fn fetch(client: &Client, namespace: &str, names: BTreeSet<(Kind, String)>) -> Result<Self, ReadFailed> {
+    async fn fetch(account: &Account, namespace: &str, names: BTreeSet<Reference>) -> Result<Self, ReadFailed> {
         let mut data = BTreeMap::new();
         for (kind, name) in names {
-            let failed = |source| ReadFailed {
-                kind,
-                namespace: namespace.to_owned(),
-                name: name.clone(),
-                source: Box::new(source),
-            };
-            let found = match kind {
-                Kind::Secret => {
-                    let api: Api<Secret> = Api::namespaced(client.clone(), namespace);
-                    api.get_opt(&name).await.map_err(failed)?.map(|secret| {
-                        secret.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0)).collect()
-                    })
-                }
-                Kind::ConfigMap => {
-                    let api: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-                    api.get_opt(&name).await.map_err(failed)?.map(|map| {
-                        let text =
-                            map.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.into_bytes()));
-                        let binary = map.binary_data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0));
-                        text.chain(binary).collect()
-                    })
+            let mut waits = GRANTS.iter();
+            let found = loop {
+                match get(account, kind, namespace, &name).await? {
+                    Ok(found) => break found,
+                    Err(source) => match waits.next() {
+                        Some(wait) if is_forbidden(&source) => tokio::time::sleep(*wait).await,
+                        _ => {
+                            let (namespace, source) = (namespace.to_owned(), Box::new(source));
+                            return Err(ReadFailed::Object { kind, namespace, name, source });
+                        }
+                    },
                 }
             };
             if let Some(found) = found {
@@ -87,51 +93,41 @@ impl References {
     }
 }
 
-/// Every object that the process needs. Pull secrets are not among them: they are for the pull alone.
-fn names(spec: &BotContainerSpec) -> BTreeSet<(Kind, String)> {
-    let mut names = BTreeSet::new();
-    for variable in &spec.env {
-        let Some(from) = &variable.value_from else { continue };
-        names.extend(from.secret_key_ref.as_ref().map(|key| (Kind::Secret, key.name.clone())));
-        names.extend(from.config_map_key_ref.as_ref().map(|key| (Kind::ConfigMap, key.name.clone())));
+/// The data of one object; `None` when it does not exist.
+async fn get(
+    account: &Account,
+    kind: Kind,
+    namespace: &str,
+    name: &str,
+) -> Result<kube::Result<Option<BTreeMap<String, Vec<u8>>>>, AccountError> {
+    let client = account.client().await?;
+    let found = match kind {
+        Kind::Secret => {
+            let found = Api::<Secret>::namespaced(client, namespace).get_opt(name).await;
+            found.map(|secret| {
+                let data = secret?.data.unwrap_or_default();
+                Some(data.into_iter().map(|(key, value)| (key, value.0)).collect())
+            })
+        }
+        Kind::ConfigMap => {
+            let found = Api::<ConfigMap>::namespaced(client, namespace).get_opt(name).await;
+            found.map(|map| {
+                let map = map?;
+                let text = map.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.into_bytes()));
+                let binary = map.binary_data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0));
+                Some(text.chain(binary).collect())
+            })
+        }
+    };
+    if let Err(kube::Error::Api(status)) = &found
+        && status.code == 401
+    {
+        account.forget().await;
     }
-    for from in &spec.env_from {
-        names.extend(from.secret_ref.as_ref().map(|secret| (Kind::Secret, secret.name.clone())));
-        names.extend(from.config_map_ref.as_ref().map(|map| (Kind::ConfigMap, map.name.clone())));
-    }
-    for file in &spec.files {
-        names.extend(file.secret_key_ref.as_ref().map(|key| (Kind::Secret, key.name.clone())));
-        names.extend(file.config_map_key_ref.as_ref().map(|key| (Kind::ConfigMap, key.name.clone())));
-    }
-    names
+    Ok(found)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_object_is_named_once_and_pull_secrets_are_not() {
-        let spec: BotContainerSpec = serde_json::from_value(serde_json::json!({
-            "image": "nginx",
-            "imagePullSecrets": [{"name": "registry"}],
-            "env": [
-                {"name": "A", "valueFrom": {"secretKeyRef": {"name": "bot", "key": "a"}}},
-                {"name": "B", "valueFrom": {"secretKeyRef": {"name": "bot", "key": "b"}}},
-                {"name": "C", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}},
-            ],
-            "envFrom": [{"configMapRef": {"name": "common"}}],
-            "files": [{"path": "/etc/x", "secretKeyRef": {"name": "other", "key": "x"}}],
-        }))
-        .unwrap();
-        let names: Vec<_> = names(&spec).into_iter().collect();
-        assert_eq!(
-            names,
-            [
-                (Kind::Secret, "bot".to_owned()),
-                (Kind::Secret, "other".to_owned()),
-                (Kind::ConfigMap, "common".to_owned())
-            ]
-        );
-    }
+fn is_forbidden(error: &kube::Error) -> bool {
+    // 401: the account's token ended before its time, with its Node or the server's key; the next one is asked for.
+    matches!(error, kube::Error::Api(status) if status.code == 403 || status.code == 401)
 }

@@ -13,7 +13,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_client::services::v1::snapshots::ListSnapshotsRequest;
 use containerd_client::services::v1::{ListContainersRequest, ListRequest as ListLeasesRequest};
 use jiff::Timestamp;
 use kube::api::ListParams;
@@ -169,26 +168,11 @@ impl Sweeper {
             }
         }
         for snapshotter in &self.snapshotters {
-            let request = ListSnapshotsRequest { snapshotter: snapshotter.clone(), ..ListSnapshotsRequest::default() };
-            let answer = self.containerd.snapshots().list(self.containerd.request(request)).await;
-            let mut pages = answer.map_err(|status| CallFailed {
-                call: "list",
-                object: format!("snapshots of {snapshotter}"),
-                status: Box::new(status),
-            })?;
-            let pages = pages.get_mut();
-            while let Some(page) = pages.message().await.map_err(|status| CallFailed {
-                call: "list",
-                object: format!("snapshots of {snapshotter}"),
-                status: Box::new(status),
-            })? {
-                for info in page.info {
-                    let uid = info.labels.get(labels::UID).and_then(|uid| BotUid::parse(uid).ok());
-                    // Only a bot's active layer: versions (committed) belong to BotSnapshots.
-                    if let Some(uid) = uid.filter(|uid| labels::layer_number(&uid.container_id(), &info.name).is_some())
-                    {
-                        found.entry(uid).or_insert_with(|| owner(&info.labels, Some(snapshotter)));
-                    }
+            for info in self.containerd.list_snapshots(snapshotter, Vec::new()).await? {
+                let uid = info.labels.get(labels::UID).and_then(|uid| BotUid::parse(uid).ok());
+                // Only a bot's active layer: versions (committed) belong to BotSnapshots.
+                if let Some(uid) = uid.filter(|uid| labels::layer_number(&uid.container_id(), &info.name).is_some()) {
+                    found.entry(uid).or_insert_with(|| owner(&info.labels, Some(snapshotter)));
                 }
             }
         }

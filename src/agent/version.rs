@@ -17,8 +17,8 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
-    StatSnapshotRequest, UpdateSnapshotRequest, ViewSnapshotRequest,
+    CommitSnapshotRequest, Info, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
+    UpdateSnapshotRequest, ViewSnapshotRequest,
 };
 use containerd_client::services::v1::{
     AddResourceRequest, CreateRequest as CreateLeaseRequest, DeleteImageRequest, DeleteRequest as DeleteLeaseRequest,
@@ -398,17 +398,8 @@ impl Versions {
 
     /// All layers and versions that match a filter of containerd's.
     pub async fn list(&self, snapshotter: &str, filter: String) -> Result<Vec<Info>, CallFailed> {
-        let object = format!("snapshots of {snapshotter}");
-        let failed = |status| CallFailed { call: "list", object: object.clone(), status: Box::new(status) };
         let filters = if filter.is_empty() { Vec::new() } else { vec![filter] };
-        let request = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters };
-        let answer = self.containerd.snapshots().list(self.containerd.request(request)).await;
-        let mut pages = answer.map_err(failed)?.into_inner();
-        let mut found = Vec::new();
-        while let Some(page) = pages.message().await.map_err(failed)? {
-            found.extend(page.info);
-        }
-        Ok(found)
+        self.containerd.list_snapshots(snapshotter, filters).await
     }
 
     /// Where an active layer's files are.

@@ -7,6 +7,7 @@
 //! | `bot_record.rs` | what outlives a BotContainer, one per botId and namespace |
 //! | `bot_node.rs` | what one agent says of its node |
 //! | `condition.rs` | every condition type and reason, with what a user should do |
+//! | `reference.rs` | the Secrets and ConfigMaps that a bot names |
 //! | `ids.rs` | names and ids as types whose limits hold by construction |
 //! | `crd.rs` | derives the CRDs from types and the two tables |
 //! | `bound.rs` | table: how long, how many, how large |
@@ -22,6 +23,7 @@ pub mod bound;
 pub mod condition;
 pub mod crd;
 pub mod ids;
+pub mod reference;
 pub mod rule;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -53,6 +55,9 @@ pub const SYSTEM_NAMESPACE: &str = "berth-system";
 
 /// Namespace of the agents' heartbeat Leases, one a node, named as the node.
 pub const NODE_LEASE_NAMESPACE: &str = "berth-node-lease";
+
+/// Namespace of the nodes' accounts, one a node, named as the node: it reads the Secrets and ConfigMaps that the node's bots name.
+pub const NODES_NAMESPACE: &str = "berth-nodes";
 
 /// Field manager of everything that the controller applies.
 pub const CONTROLLER: &str = "berth-controller";

@@ -15,6 +15,7 @@ use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
+use containerd_client::services::v1::snapshots::{Info, ListSnapshotsRequest};
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::services::v1::version_client::VersionClient;
 use hyper_util::rt::TokioIo;
@@ -132,6 +133,19 @@ impl Containerd {
         request.metadata_mut().insert("containerd-namespace", self.namespace.clone());
         request.set_timeout(CALL_DEADLINE);
         request
+    }
+
+    /// All layers and versions of a snapshotter that match one of the filters, or all there are.
+    pub async fn list_snapshots(&self, snapshotter: &str, filters: Vec<String>) -> Result<Vec<Info>, CallFailed> {
+        let object = format!("snapshots of {snapshotter}");
+        let failed = |status| CallFailed { call: "list", object: object.clone(), status: Box::new(status) };
+        let request = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters };
+        let mut pages = self.snapshots().list(self.request(request)).await.map_err(failed)?.into_inner();
+        let mut found = Vec::new();
+        while let Some(page) = pages.message().await.map_err(failed)? {
+            found.extend(page.info);
+        }
+        Ok(found)
     }
 
     /// The same under a lease: what the call makes is safe from the collector while the lease lives (containerd #3787).

@@ -15,6 +15,7 @@ use crate::api::bot_container::RestoredFrom;
 use crate::api::condition::{ConditionType, Reason, find};
 use crate::api::{BotContainer, BotRecord, FINALIZER, NODE_LEASE_NAMESPACE};
 
+use super::access;
 use super::error::Error;
 use super::event::Note;
 use super::node::{NodeState, OUT_OF_SERVICE};
@@ -229,7 +230,15 @@ async fn apply(
         Plan::Rest => Ok(Next::Resync),
         Plan::Wait { reason, message } => wait(context, name, &bot, reason, message, now).await,
         Plan::Place { node, take, finalizer, restore } => {
-            let bot = prepare(context, &bot, record.as_deref(), take.then_some(&*node), finalizer).await?;
+            // What it may read is granted before its agent hears of it.
+            let granting = async {
+                let at = Name { namespace: name.namespace.clone(), name: node.clone() };
+                if context.world().names_any(name) { access::reconcile(context, &at).await.map(drop) } else { Ok(()) }
+            };
+            let preparing = prepare(context, &bot, record.as_deref(), take.then_some(&*node), finalizer);
+            let (granted, bot) = tokio::join!(granting, preparing);
+            let bot = bot?;
+            granted?;
             let (bot_id, claim) = (bot_id(&bot), Claim::Keep);
             let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
             let (node, orphaned) = (node.clone(), false);

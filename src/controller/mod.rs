@@ -14,6 +14,7 @@
 //!                 ├── record.rs  who holds a botId, where its layer is ─────────┤
 //!                 ├── snapshot.rs  numbers, nodes and ends of versions ─────────┤
 //!                 │     └── schedule.rs, retention.rs   when one is due, which go
+//!                 ├── access.rs  what a node's account may read ────────────────┤
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
 //!            finalizer.rs   of bots and of snapshots
 //!            mirror/        rows in PostgreSQL, where there is one: follows the world, writes no object
@@ -23,6 +24,7 @@
 //! Writes from apply to bound, besides the user's: BotRecord and finalizer side by side, then the bind. Nothing depends
 //! on having seen an event: keys carry no news, a new leader looks at everything, and every key comes back in time.
 
+mod access;
 mod bot;
 mod cidr;
 mod error;
@@ -51,8 +53,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, ServiceAccount};
 use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::api::{Api, PatchParams};
 use kube::{Client, Resource, ResourceExt as _};
 use prometheus_client::registry::Registry;
@@ -61,7 +64,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use crate::api::{
-    BotContainer, BotNode, BotRecord, BotSnapshot, CONTROLLER, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE, condition,
+    BotContainer, BotNode, BotRecord, BotSnapshot, CONTROLLER, NODE_LEASE_NAMESPACE, NODES_NAMESPACE, SYSTEM_NAMESPACE,
+    condition,
 };
 use crate::telemetry::Health;
 
@@ -160,6 +164,8 @@ enum Key {
     Record(Name),
     Snapshot(Name),
     Node(String),
+    /// What the account of a node may read in a namespace: that and the node.
+    Access(Name),
 }
 
 impl Key {
@@ -170,6 +176,7 @@ impl Key {
             Self::Record(_) => "BotRecord",
             Self::Snapshot(_) => "BotSnapshot",
             Self::Node(_) => "BotNode",
+            Self::Access(_) => "Access",
         }
     }
 }
@@ -178,7 +185,9 @@ impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Pending => f.write_str("pending bots"),
-            Self::Bot(name) | Self::Record(name) | Self::Snapshot(name) => write!(f, "{} {name}", self.kind()),
+            Self::Bot(name) | Self::Record(name) | Self::Snapshot(name) | Self::Access(name) => {
+                write!(f, "{} {name}", self.kind())
+            }
             Self::Node(name) => write!(f, "{} {name}", self.kind()),
         }
     }
@@ -305,7 +314,7 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         retry: Duration::from_secs(args.leader_retry_seconds),
     }
     .check()?;
-    let client = crate::client::connect(None).await?;
+    let client = crate::client::client(crate::client::config().await?)?;
     let database = args.database_url.and_then(|MaybeDatabaseUrl(url)| url);
 
     let mut registry = Registry::default();
@@ -347,6 +356,10 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         watches.spawn(watch::watch::<RuntimeClass>(ctx(), Api::all(client.clone()), "RuntimeClass", synced.clone()));
         let leases: Api<Lease> = Api::namespaced(client.clone(), NODE_LEASE_NAMESPACE);
         watches.spawn(watch::watch::<Lease>(ctx(), leases, "Lease", synced.clone()));
+        watches.spawn(watch::watch::<Role>(ctx(), Api::all(client.clone()), "Role", synced.clone()));
+        watches.spawn(watch::watch::<RoleBinding>(ctx(), Api::all(client.clone()), "RoleBinding", synced.clone()));
+        let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), NODES_NAMESPACE);
+        watches.spawn(watch::watch::<ServiceAccount>(ctx(), accounts, "ServiceAccount", synced.clone()));
         let needed = all(watches.len());
         tasks.spawn(async move {
             match watches.join_next().await {
@@ -526,5 +539,6 @@ async fn reconcile(context: &Context, key: &Key) -> Result<Next, Error> {
         Key::Record(name) => record::reconcile(context, name).await,
         Key::Snapshot(name) => snapshot::reconcile(context, name).await,
         Key::Node(name) => node::reconcile(context, name).await,
+        Key::Access(at) => access::reconcile(context, at).await,
     }
 }

@@ -20,11 +20,12 @@ use crate::api::BotNode;
 use crate::api::bot_node::Adoption;
 use crate::api::condition::{Reason, chain};
 
+use super::access;
 use super::cidr::Block;
 use super::error::Error;
 use super::event::Note;
 use super::place::{Candidate, allocatable};
-use super::{Context, Name, Next, snapshot};
+use super::{Context, Key, Name, Next, snapshot};
 
 /// Set by an administrator who has made sure that the node is off (KEP-2268).
 pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
@@ -194,6 +195,10 @@ pub async fn reconcile(context: &Context, name: &str) -> Result<Next, Error> {
         let mut world = context.world();
         let (wake, expires) = world.look_at_node(name, Instant::now());
         context.queue.add_all(wake, "node state");
+        // First of all: whatever fails below, a Lease that runs out is seen in time.
+        if let Some(at) = expires {
+            context.queue.add_at(Key::Node(name.to_owned()), at);
+        }
         (world.bot_node(name), world.node(name), expires)
     };
     let Some(bot_node) = bot_node.filter(|b| b.metadata.deletion_timestamp.is_none()) else {
@@ -204,6 +209,7 @@ pub async fn reconcile(context: &Context, name: &str) -> Result<Next, Error> {
         configure(context, name, bot_node.clone(), wanted_owners).await?;
     }
     adopt(context, &bot_node).await?;
+    access::ensure_account(context, &bot_node).await?;
     Ok(expires.map_or(Next::Resync, Next::At))
 }
 
@@ -224,7 +230,7 @@ async fn adopt(context: &Context, bot_node: &BotNode) -> Result<(), Error> {
             failed = failed.and(Err(error));
             continue;
         }
-        context.queue.add_all([super::Key::Snapshot(name)], "adoption");
+        context.queue.add_all([Key::Snapshot(name)], "adoption");
     }
     if done.is_empty() {
         return failed;

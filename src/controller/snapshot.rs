@@ -557,7 +557,7 @@ pub async fn adopt(context: &Context, name: &Name, of: &Adopted) -> Result<(), E
 }
 
 /// Whether the API server refused since the namespace is being deleted.
-fn is_ending(error: &kube::Error) -> bool {
+pub fn is_ending(error: &kube::Error) -> bool {
     let kube::Error::Api(status) = error else { return false };
     let causes = status.details.iter().flat_map(|details| &details.causes);
     status.code == 403 && causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating")

@@ -8,8 +8,9 @@ use std::time::Instant;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, ServiceAccount};
 use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Api, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
@@ -17,6 +18,7 @@ use tokio::sync::watch::Sender;
 
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
+use super::access;
 use super::world::World;
 use super::{Context, Key, Name};
 
@@ -74,17 +76,30 @@ kept!(
     |w, name, _uid, now| w.lease_gone(&name.name, now),
     lease_names
 );
+kept!(Role, |o, w, _live, _now| w.saw_role(&o), |w, name, _uid, _now| w.role_gone(name), role_names);
+kept!(RoleBinding, |o, w, _live, _now| w.saw_binding(&o), |w, name, _uid, _now| w.binding_gone(name), binding_names);
+kept!(
+    ServiceAccount,
+    |o, w, _live, _now| w.saw_account(o.name_any()),
+    |w, name, _uid, _now| w.account_gone(&name.name),
+    account_names
+);
 kept!(RuntimeClass, |o, w, _live, _now| w.saw_class(o), |w, name, _uid, _now| w.class_gone(&name.name), class_names);
 
 /// Watches a kind for ever; counts itself into `synced` after its first complete list.
 pub async fn watch<K: Kept>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>) {
-    // Leases have no namespace in the world: a node has one name.
-    let by_namespace = kind != "Lease";
+    // Leases and accounts have no namespace in the world: a node has one name.
+    let by_namespace = !matches!(kind, "Lease" | "ServiceAccount");
     let name_of = |object: &K| Name {
         namespace: object.namespace().filter(|_| by_namespace).unwrap_or_default(),
         name: object.name_any(),
     };
-    let mut events = watcher(api, watcher::Config::default()).default_backoff().boxed();
+    // Of those that the cluster has for its own ends only ours are of interest.
+    let config = match kind {
+        "Role" | "RoleBinding" => watcher::Config::default().labels(access::LABEL),
+        _ => watcher::Config::default(),
+    };
+    let mut events = watcher(api, config).default_backoff().boxed();
     let mut listed: HashSet<Name> = HashSet::new();
     let mut first = true;
     while let Some(event) = events.next().await {

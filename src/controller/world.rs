@@ -6,20 +6,23 @@
 //! returns the keys that should be looked at.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::api::node::v1::RuntimeClass;
+use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 
 use crate::api::bot_container::RestorePolicy;
 use crate::api::bot_node::Adoption;
+use crate::api::reference::Reference;
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot, resource_version};
 
+use super::access::{self, Granted};
 use super::bot::{bound_to, home};
 use super::mirror::{self, Changed, LastWords, Tail};
 use super::node::{Heartbeat, NodeState, candidate, state};
@@ -46,6 +49,12 @@ pub struct World {
     /// Decided, not yet seen in the API.
     reserved: HashMap<Name, String>,
     seats: HashMap<Name, Seat>,
+    /// The Secrets and ConfigMaps that bots name, of those that name any.
+    named: HashMap<Name, BTreeSet<Reference>>,
+    /// What accounts of nodes may read, by namespace and node.
+    granted: HashMap<Name, Granted>,
+    /// The nodes that have an account.
+    accounts: HashSet<String>,
     by_node: HashMap<String, BTreeSet<Name>>,
     load: Load,
     records: HashMap<Name, Arc<BotRecord>>,
@@ -150,6 +159,14 @@ impl World {
         if let Some(mirrored) = &mut self.mirrored {
             mirrored.tails.insert(name.clone(), Arc::new(Tail::of(&bot)));
         }
+        let named = match bot.metadata.deletion_timestamp {
+            None => bot.spec.references().into_iter().chain(bot.spec.pull_secrets()).collect(),
+            // It starts no more.
+            Some(_) => BTreeSet::new(),
+        };
+        let renamed = self.named.get(&name).map_or(!named.is_empty(), |known| *known != named);
+        let known = if named.is_empty() { self.named.remove(&name) } else { self.named.insert(name.clone(), named) };
+        let had = self.seats.get(&name).map(|seat| seat.node.clone());
         strip(&mut bot);
         let id = Name { namespace: name.namespace.clone(), name: bot_id(&bot) };
         self.rows_changed(&id, now);
@@ -172,6 +189,13 @@ impl World {
         keys.push(Key::Bot(name.clone()));
         keys.extend(self.asked_of(&name));
         keys.extend(self.reseat(&name));
+        let has = self.seats.get(&name).map(|seat| seat.node.clone());
+        if (renamed || had != has) && (known.is_some() || self.named.contains_key(&name)) {
+            let nodes: BTreeSet<String> = had.into_iter().chain(has).collect();
+            keys.extend(
+                nodes.into_iter().map(|node| Key::Access(Name { namespace: name.namespace.clone(), name: node })),
+            );
+        }
         keys
     }
 
@@ -193,6 +217,11 @@ impl World {
         }
         let mut keys = vec![Key::Record(id.clone())];
         keys.extend(self.asked_of(name));
+        if self.named.remove(name).is_some()
+            && let Some(seat) = self.seats.get(name)
+        {
+            keys.push(Key::Access(Name { namespace: name.namespace.clone(), name: seat.node.clone() }));
+        }
         if let Some(names) = self.by_id.get_mut(&id) {
             names.remove(&name.name);
             keys.extend(names.iter().map(|n| Key::Bot(Name { namespace: name.namespace.clone(), name: n.clone() })));
@@ -390,6 +419,71 @@ impl World {
     /// A claim of a snapshot was written.
     pub fn claimed_snapshot(&mut self, name: &Name, words: String) {
         self.snapshot_claims.insert(name.clone(), words);
+    }
+
+    // --- what accounts of nodes may read
+
+    /// What bots of a namespace on a node name, decided ones among them, and what is granted of it.
+    pub fn access(&self, at: &Name) -> (BTreeSet<Reference>, Granted) {
+        let bots = self.by_node.get(&at.name).into_iter().flatten().filter(|bot| bot.namespace == at.namespace);
+        let wanted = bots.filter_map(|bot| self.named.get(bot)).flatten().cloned().collect();
+        (wanted, self.granted.get(at).cloned().unwrap_or_default())
+    }
+
+    /// Whether a bot names any Secret or ConfigMap.
+    pub fn names_any(&self, bot: &Name) -> bool {
+        self.named.contains_key(bot)
+    }
+
+    /// A Role of a node was seen.
+    pub fn saw_role(&mut self, role: &Role) -> Vec<Key> {
+        self.grants(&name_of(role), |granted| granted.role = Some(access::allowed(role)))
+    }
+
+    /// A Role of a node is gone.
+    pub fn role_gone(&mut self, name: &Name) -> Vec<Key> {
+        self.grants(name, |granted| granted.role = None)
+    }
+
+    /// A RoleBinding of a node was seen.
+    pub fn saw_binding(&mut self, binding: &RoleBinding) -> Vec<Key> {
+        let name = name_of(binding);
+        let right = access::node_of(&name.name).is_some_and(|node| access::is_right(binding, node));
+        self.grants(&name, |granted| granted.binding = Some(right))
+    }
+
+    /// A RoleBinding of a node is gone.
+    pub fn binding_gone(&mut self, name: &Name) -> Vec<Key> {
+        self.grants(name, |granted| granted.binding = None)
+    }
+
+    fn grants(&mut self, name: &Name, change: impl FnOnce(&mut Granted)) -> Vec<Key> {
+        let Some(node) = access::node_of(&name.name) else { return Vec::new() };
+        let at = Name { namespace: name.namespace.clone(), name: node.to_owned() };
+        let granted = self.granted.entry(at.clone()).or_default();
+        let before = granted.clone();
+        change(granted);
+        let changed = *granted != before;
+        if *granted == Granted::default() {
+            self.granted.remove(&at);
+        }
+        if changed { vec![Key::Access(at)] } else { Vec::new() }
+    }
+
+    /// An account of a node was seen.
+    pub fn saw_account(&mut self, node: String) -> Vec<Key> {
+        self.accounts.insert(node);
+        Vec::new()
+    }
+
+    /// An account of a node is gone.
+    pub fn account_gone(&mut self, node: &str) -> Vec<Key> {
+        if self.accounts.remove(node) { vec![Key::Node(node.to_owned())] } else { Vec::new() }
+    }
+
+    /// Whether a node has its account.
+    pub fn has_account(&self, node: &str) -> bool {
+        self.accounts.contains(node)
     }
 
     // --- records and snapshots
@@ -820,6 +914,12 @@ impl World {
         keys.push(Key::Pending);
         keys.extend(self.bots.keys().cloned().map(Key::Bot));
         keys.extend(self.records.keys().cloned().map(Key::Record));
+        let named = self
+            .named
+            .keys()
+            .filter_map(|bot| Some(Name { namespace: bot.namespace.clone(), name: self.seats.get(bot)?.node.clone() }));
+        let access: BTreeSet<Name> = named.chain(self.granted.keys().cloned()).collect();
+        keys.extend(access.into_iter().map(Key::Access));
         // In the order in which they were asked for: numbers follow it as far as they can.
         let mut snapshots: Vec<_> = self.snapshots.values().collect();
         snapshots.sort_by_key(|s| (s.creation_timestamp(), s.name_any()));
@@ -835,6 +935,22 @@ impl World {
     /// Names of a kind, for the set difference after a list.
     pub fn bot_names(&self) -> Vec<Name> {
         self.bots.keys().cloned().collect()
+    }
+
+    /// Names of Roles, as `bot_names`.
+    pub fn role_names(&self) -> Vec<Name> {
+        self.granted.iter().filter(|(_, granted)| granted.role.is_some()).map(|(at, _)| access::object_of(at)).collect()
+    }
+
+    /// Names of RoleBindings, as `bot_names`.
+    pub fn binding_names(&self) -> Vec<Name> {
+        let bound = self.granted.iter().filter(|(_, granted)| granted.binding.is_some());
+        bound.map(|(at, _)| access::object_of(at)).collect()
+    }
+
+    /// As `bot_names`.
+    pub fn account_names(&self) -> Vec<Name> {
+        self.accounts.iter().cloned().map(Name::cluster).collect()
     }
 
     /// As `bot_names`.

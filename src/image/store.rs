@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use containerd_client::services::v1::snapshots::{
-    CommitSnapshotRequest, Info as SnapshotInfo, Kind, ListSnapshotsRequest, PrepareSnapshotRequest,
-    RemoveSnapshotRequest, StatSnapshotRequest, UsageRequest,
+    CommitSnapshotRequest, Info as SnapshotInfo, Kind, PrepareSnapshotRequest, RemoveSnapshotRequest,
+    StatSnapshotRequest, UsageRequest,
 };
 use containerd_client::services::v1::{
     AbortRequest, AddResourceRequest, ApplyRequest, CreateImageRequest, CreateRequest, DeleteImageRequest,
@@ -279,17 +279,7 @@ impl Store {
     }
 
     pub async fn snapshots(&self, snapshotter: &str) -> Result<Vec<SnapshotInfo>, CallFailed> {
-        let request = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters: Vec::new() };
-        let request = self.containerd.request(request);
-        let mut stream = self.containerd.snapshots().list(request).await.call("list snapshots", snapshotter)?;
-        let mut all = Vec::new();
-        loop {
-            let next = stream.message().await.map(tonic::Response::new).call("list snapshots", snapshotter)?;
-            match next {
-                Some(part) => all.extend(part.info),
-                None => return Ok(all),
-            }
-        }
+        self.containerd.list_snapshots(snapshotter, Vec::new()).await
     }
 
     // Records

@@ -46,7 +46,7 @@ pub use dns::{ClusterDns, DnsWarning, ResolvConf, Resolved, effective_policy, re
 pub use error::{NetworkError, PluginError};
 pub use hosts::{hosts_file, hosts_file_of_node};
 pub use record::Owner;
-pub use rules::Policy;
+pub use rules::{Nft, Policy};
 
 use crate::api::ids::ContainerId;
 use namespace::{Identity, Mounted};
@@ -61,7 +61,7 @@ pub struct NetworkOptions {
     /// Directories of the CNI plugins `bridge` and `host-local`, searched in order.
     pub cni_bin_dirs: Vec<PathBuf>,
     /// Gone after a boot: network namespaces are mounted at `run_dir/netns/ID`. Must be on a mount that containerd's
-    /// shims see; in a Pod a hostPath volume with `mountPropagation: Bidirectional`.
+    /// shims see.
     pub run_dir: PathBuf,
     /// Kept over a boot: `state_dir/network/BRIDGE/ID.json` and host-local's `state_dir/leases/BRIDGE/`.
     pub state_dir: PathBuf,
@@ -75,6 +75,8 @@ pub struct NetworkOptions {
     pub forward: bool,
     /// What bots may reach beside the default.
     pub policy: Policy,
+    /// What loads the packet rules.
+    pub nft: Nft,
 }
 
 impl Default for NetworkOptions {
@@ -88,6 +90,7 @@ impl Default for NetworkOptions {
             plugin_deadline: Duration::from_secs(15),
             forward: true,
             policy: Policy::default(),
+            nft: Nft::default(),
         }
     }
 }
@@ -178,7 +181,8 @@ impl Network {
         let boot_id = Path::new("/proc/sys/kernel/random/boot_id");
         let boot = std::fs::read_to_string(boot_id).map_err(storage("read", boot_id))?.trim().to_owned();
         let plugins = Plugins { directories: options.cni_bin_dirs.clone(), deadline: options.plugin_deadline };
-        let rules = Rules::new(options.bridge.clone(), options.policy.clone(), options.plugin_deadline);
+        let rules =
+            Rules::new(options.bridge.clone(), options.policy.clone(), options.plugin_deadline, options.nft.clone());
         let (locks, base) = Default::default();
         let inner = Inner { options, namespaces, records, leases_root, leases, plugins, rules, boot, locks, base };
         Ok(Self { inner: Arc::new(inner) })
@@ -230,6 +234,17 @@ impl Network {
     /// and every now and then. Rules are replaced in one transaction, so none is ever without force.
     pub async fn ensure_rules(&self, cidr: &Cidr) -> Result<(), NetworkError> {
         self.inner.mend(*cidr).await
+    }
+
+    /// Takes away what is the node's and no bot's: rules and bridge. Once no bot is left; safe twice.
+    pub async fn dismantle(&self) -> Result<(), NetworkError> {
+        self.inner.rules.unload().await?;
+        let bridge = self.inner.options.bridge.clone();
+        let gone = netlink::link(&bridge).and_then(|link| match link {
+            Some(link) => netlink::delete_link(link.index),
+            None => Ok(()),
+        });
+        gone.map_err(|source| NetworkError::Interface { doing: "remove", name: bridge, source })
     }
 
     /// Runs an operation alone for its bot, and to its end: a caller that goes away must not leave it half-done.

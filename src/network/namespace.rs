@@ -3,8 +3,8 @@
 //! A namespace lives as long as a process is in it or a mount holds it. The mount is what lets a bot's namespace outlive
 //! the crash of its task. containerd's shim opens the path to put the task's process into it, in *its* mount namespace:
 //! so the directory must be on a shared mount, or the bind mounts made here stay unseen there. On a host everything
-//! below `/` is shared (systemd does that); where it is not, [`prepare`] makes the directory a shared mount. In a Pod the
-//! directory must come from a hostPath volume with `mountPropagation: Bidirectional`.
+//! below `/` is shared (systemd does that); where it is not, [`prepare`] makes the directory a shared mount. An agent in a
+//! Pod has left the Pod's mount namespace for that of containerd before it comes here.
 
 use std::ffi::OsString;
 use std::io;

@@ -212,6 +212,7 @@ pub(super) struct Rules {
     pub bridge: String,
     pub policy: Policy,
     pub deadline: Duration,
+    nft: Nft,
     loaded: Mutex<Loaded>,
 }
 
@@ -245,8 +246,16 @@ impl Loaded {
 }
 
 impl Rules {
-    pub(super) fn new(bridge: String, policy: Policy, deadline: Duration) -> Self {
-        Self { bridge, policy, deadline, loaded: Mutex::default() }
+    pub(super) fn new(bridge: String, policy: Policy, deadline: Duration, nft: Nft) -> Self {
+        Self { bridge, policy, deadline, nft, loaded: Mutex::default() }
+    }
+
+    /// Takes both tables away. Safe twice.
+    pub(super) async fn unload(&self) -> Result<(), NetworkError> {
+        let table = table(&self.bridge);
+        // What is added before it is deleted is there to be deleted.
+        let each = |family| format!("add table {family} {table}\ndelete table {family} {table}\n");
+        self.nft(&format!("{}{}", each("bridge"), each("inet"))).await
     }
 
     /// The CIDR that rules were loaded for by this process.
@@ -350,7 +359,12 @@ impl Rules {
     /// Runs one transaction.
     async fn nft(&self, text: &str) -> Result<(), NetworkError> {
         let table = || table(&self.bridge);
-        let ended = exec::run(&nft_program(), &["-f", "-"], &[], text.as_bytes(), self.deadline).await;
+        let ended = {
+            let (program, mut arguments) = self.nft.command();
+            arguments.extend(["-f".into(), "-".into()]);
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            exec::run(&program, &arguments, &[], text.as_bytes(), self.deadline).await
+        };
         match ended {
             Ok(ended) if ended.status.success() => Ok(()),
             Ok(ended) => {
@@ -363,13 +377,32 @@ impl Rules {
     }
 }
 
-/// `nft`, also where PATH lacks the system's own directories, as it does for people and in some images.
-fn nft_program() -> PathBuf {
-    ["/usr/sbin/nft", "/sbin/nft"]
-        .into_iter()
-        .map(Path::new)
-        .find(|p| p.is_file())
-        .map_or_else(|| PathBuf::from("nft"), Path::to_path_buf)
+/// Where `nft` comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Nft {
+    /// The machine's own.
+    #[default]
+    Host,
+    /// A folder with `nft`, its loader `ld.so` and its libraries: the image's, for nodes that have none. It is not where it was
+    /// built to be, so the loader is told where all of it is.
+    Folder(PathBuf),
+}
+
+impl Nft {
+    /// Program and first arguments.
+    fn command(&self) -> (PathBuf, Vec<String>) {
+        match self {
+            // Also where PATH lacks the system's own directories, as it does for people and in some images.
+            Self::Host => {
+                let usual = ["/usr/sbin/nft", "/sbin/nft"].into_iter().map(Path::new).find(|path| path.is_file());
+                (usual.map_or_else(|| PathBuf::from("nft"), Path::to_path_buf), Vec::new())
+            }
+            Self::Folder(dir) => {
+                let text = |path: &Path| path.to_string_lossy().into_owned();
+                (dir.join("ld.so"), vec!["--library-path".to_owned(), text(dir), text(&dir.join("nft"))])
+            }
+        }
+    }
 }
 
 #[cfg(test)]

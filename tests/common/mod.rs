@@ -141,6 +141,11 @@ impl Cluster {
         Self::up(std::env::temp_dir().join(format!("berth-{}", unique())), &[], true)
     }
 
+    /// One of a test's own with a kubelet, a scheduler and all of Kubernetes' controllers, and nothing of Berth's.
+    pub fn with_kubelet(node: &str) -> Self {
+        Self::up(std::env::temp_dir().join(format!("berth-{}", unique())), &["--kubelet", node], true)
+    }
+
     fn up(dir: PathBuf, options: &[&str], temporary: bool) -> Self {
         run(hack_cluster("up", &dir).args(["--berth", BERTH]).args(options));
         let env = read_env(&dir.join("env"));
@@ -234,9 +239,12 @@ impl Drop for Cluster {
 }
 
 async fn client(kubeconfig: &Path) -> kube::Client {
+    kube::Client::try_from(config(kubeconfig).await).unwrap()
+}
+
+async fn config(kubeconfig: &Path) -> kube::Config {
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
-    let config = kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
-    kube::Client::try_from(config).unwrap()
+    kube::Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap()
 }
 
 /// `hack/cluster VERB DIR`.
@@ -463,6 +471,11 @@ impl Agent {
     /// The agent's own client: what its token may do.
     pub async fn client(&self) -> kube::Client {
         client(Path::new(self.env("KUBECONFIG"))).await
+    }
+
+    /// How the agent reaches the API server.
+    pub async fn config(&self) -> kube::Config {
+        config(Path::new(self.env("KUBECONFIG"))).await
     }
 
     /// KILL, without a chance to tidy up.

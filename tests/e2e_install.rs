@@ -1,0 +1,326 @@
+//! Berth as people install it: the image, the chart by a real helm, Pods on a real kubelet, and taking it off again.
+
+// Helpers of tests may panic as tests do; clippy's allowance stops at `#[test]`.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use berth::api::bot_container::Phase;
+use berth::api::{BotContainer, BotNode, SYSTEM_NAMESPACE};
+use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
+use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::{Client, ResourceExt};
+use serde_json::{Value, json};
+
+use common::{Cluster, SOON, run, wait_for};
+
+const NODE: &str = "node-1";
+
+/// The whole way may take this long on two slow cores; each step says which it is.
+const LONG: Duration = Duration::from_secs(180);
+
+struct Installed {
+    cluster: Cluster,
+    helm: PathBuf,
+    client: Client,
+    /// The folder of containerd.
+    registry: String,
+}
+
+impl Installed {
+    async fn cluster() -> Self {
+        let helm = PathBuf::from(run(&mut Command::new("hack/helm")));
+        let cluster = Cluster::with_kubelet(NODE);
+        let registry = cluster.env("BERTH_REGISTRY").to_owned();
+        run(Command::new("images/berth/build").args(["--dev", "--push", &format!("{registry}/berth/berth:0.1.0")]));
+        run(Command::new("images/demo-bot/push").arg(cluster.image()));
+        let client = cluster.client().await;
+        Self { cluster, helm, client, registry }
+    }
+
+    fn helm(&self, arguments: &[&str]) -> String {
+        run(self.cluster.command(&self.helm).args(arguments).args(["--namespace", SYSTEM_NAMESPACE]))
+    }
+
+    /// `install` or `upgrade`, with what is different about this machine.
+    fn release(&self, verb: &[&str], chart: &str, more: &[&str]) {
+        let image = format!("image.repository={}/berth/berth", self.registry);
+        let socket = format!("agent.containerd.address={}", self.cluster.env("CONTAINERD_ADDRESS"));
+        let own = [
+            "--set",
+            &image,
+            "--set",
+            &socket,
+            "--set",
+            "agent.diskPressurePercent=1",
+            "--set",
+            "agent.imageGC.highPercent=100",
+            "--wait",
+            "--timeout",
+            "120s",
+        ];
+        self.helm(&[verb, &["berth", chart], &own, more].concat());
+    }
+
+    fn bots(&self) -> Api<BotContainer> {
+        Api::default_namespaced(self.client.clone())
+    }
+
+    async fn apply(&self, name: &str, spec: Value) {
+        let mut body = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer", "metadata": {"name": name},
+            "spec": {"image": self.cluster.image(), "env": [{"name": "BOT_NAME", "value": name}]}});
+        for (key, value) in spec.as_object().unwrap() {
+            body["spec"][key] = value.clone();
+        }
+        self.bots().patch(name, &PatchParams::apply("user").force(), &Patch::Apply(&body)).await.unwrap();
+    }
+
+    async fn until(&self, name: &str, what: &str, is_so: impl Fn(&BotContainer) -> bool) -> BotContainer {
+        wait_for(format!("{name} {what}"), LONG, || async {
+            match self.bots().get(name).await {
+                Ok(bot) if is_so(&bot) => Ok(bot),
+                Ok(bot) => Err(common::summary(&bot)),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+        .await
+    }
+
+    async fn ready(&self, name: &str) -> BotContainer {
+        self.until(name, "Ready", |bot| {
+            let status = bot.status.as_ref();
+            let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));
+            status.is_some_and(|s| s.observed_generation == bot.metadata.generation)
+                && ready.is_some_and(|ready| ready.status == "True")
+        })
+        .await
+    }
+
+    async fn pods(&self, component: &str) -> Vec<Pod> {
+        let params = ListParams::default().labels(&format!("app.kubernetes.io/component={component}"));
+        Api::<Pod>::namespaced(self.client.clone(), SYSTEM_NAMESPACE).list(&params).await.unwrap().items
+    }
+}
+
+fn pid(bot: &BotContainer) -> u32 {
+    let task = bot.status.as_ref().and_then(|status| status.task.as_ref()).expect("a task");
+    u32::try_from(task.pid).unwrap()
+}
+
+fn loggers() -> Vec<u32> {
+    let mut found: Vec<u32> = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let comm = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        if comm.trim_end() == "berth-logger" && cgroup.contains(":/berth/logger\n") {
+            found.push(pid);
+        }
+    }
+    found.sort_unstable();
+    found
+}
+
+/// What its own page says, which only the bot itself can.
+async fn page(bot: &BotContainer) -> String {
+    let ip = bot.status.as_ref().and_then(|s| s.network.as_ref()).and_then(|n| n.ip.clone()).expect("an address");
+    let url = format!("http://{ip}:8080");
+    wait_for(url.clone(), SOON, || {
+        let url = url.clone();
+        async move {
+            let output = Command::new("curl").args(["-sSf", "--max-time", "5", &url]).output().unwrap();
+            if output.status.success() {
+                Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+            } else {
+                Err(String::from_utf8_lossy(&output.stderr).into_owned())
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chart_is_installed_upgraded_and_taken_off() {
+    let berth = Installed::cluster().await;
+    let client = berth.client.clone();
+
+    // The version before, as far as there is one: the same chart under another number.
+    let packaged = tempfile::tempdir().unwrap();
+    let to = packaged.path().to_str().unwrap();
+    berth.helm(&["package", "charts/berth", "--version", "0.0.9", "--destination", to]);
+    berth.release(&["install", "--create-namespace"], &format!("{to}/berth-0.0.9.tgz"), &[]);
+    let nodes = Api::<BotNode>::all(client.clone());
+    wait_for("the BotNode Ready", LONG, || async {
+        let node = nodes.get(NODE).await.map_err(|error| error.to_string())?;
+        let conditions = node.status.map(|status| status.conditions).unwrap_or_default();
+        let ready = conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
+        if ready { Ok(()) } else { Err(format!("{conditions:?}")) }
+    })
+    .await;
+
+    // A bot, with a Secret that only the node's account may read.
+    let metadata = ObjectMeta { name: Some("bot".to_owned()), ..ObjectMeta::default() };
+    let secret = Secret { metadata, string_data: Some([("token".into(), "open".into())].into()), ..Secret::default() };
+    Api::<Secret>::default_namespaced(client.clone()).create(&PostParams::default(), &secret).await.unwrap();
+    let token = json!({"name": "TOKEN", "valueFrom": {"secretKeyRef": {"name": "bot", "key": "token"}}});
+    let spec = json!({"env": [{"name": "BOT_NAME", "value": "web"}, token], "resources": {"requests": {"cpu": "10m"}}});
+    berth.apply("web", spec).await;
+    let web = berth.ready("web").await;
+    assert!(page(&web).await.contains("I am web, started 1 time(s)"));
+    let environ = std::fs::read(format!("/proc/{}/environ", pid(&web))).unwrap();
+    assert!(String::from_utf8_lossy(&environ).contains("TOKEN=open"));
+    // Where kubelet neither counts nor kills it.
+    let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", pid(&web))).unwrap();
+    assert!(cgroup.lines().all(|line| !line.contains("kubelet") && !line.contains("kubepods")), "{cgroup}");
+
+    // A snapshot while it runs, and back.
+    let snapshot = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotSnapshot", "metadata": {"name": "web-1"},
+        "spec": {"botContainerName": "web"}});
+    let snapshots: Api<berth::api::BotSnapshot> = Api::default_namespaced(client.clone());
+    snapshots.create(&PostParams::default(), &serde_json::from_value(snapshot).unwrap()).await.unwrap();
+    wait_for("the snapshot Ready", LONG, || async {
+        let seen = snapshots.get("web-1").await.map_err(|error| error.to_string())?;
+        match seen.status.as_ref().and_then(|status| status.phase) {
+            Some(berth::api::bot_snapshot::SnapshotPhase::Ready) => Ok(()),
+            phase => Err(format!("{phase:?}")),
+        }
+    })
+    .await;
+    let rollback = json!({"spec": {"rollback": {"id": "one", "snapshotName": "web-1"}}});
+    berth.bots().patch("web", &PatchParams::default(), &Patch::Merge(&rollback)).await.unwrap();
+    let web = berth
+        .until("web", "rolled back", |bot| {
+            let status = bot.status.as_ref();
+            status.and_then(|s| s.rollback.as_ref()).is_some_and(|done| done.id == "one" && done.completed_at.is_some())
+                && status.and_then(|s| s.phase) == Some(Phase::Running)
+        })
+        .await;
+    assert!(page(&web).await.contains("started 2 time(s)"));
+    let (before, logging) = (pid(&web), loggers());
+    assert!(!logging.is_empty());
+
+    // The agent is rolled, by an upgrade to the chart of today with another value; the bot and its logger notice nothing.
+    let agents = Api::<DaemonSet>::namespaced(client.clone(), SYSTEM_NAMESPACE);
+    let generation = agents.get("berth-agent").await.unwrap().metadata.generation;
+    let old: Vec<String> = berth.pods("agent").await.iter().map(ResourceExt::name_any).collect();
+    berth.release(&["upgrade"], "charts/berth", &["--set", "agent.maxBots=20", "--set", "log.format=text"]);
+    assert!(agents.get("berth-agent").await.unwrap().metadata.generation > generation);
+    wait_for("another agent", LONG, || async {
+        let pods = berth.pods("agent").await;
+        let names: Vec<String> = pods.iter().map(ResourceExt::name_any).collect();
+        if names.iter().all(|name| !old.contains(name)) && !names.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("{names:?}"))
+        }
+    })
+    .await;
+    wait_for("the new value in status", LONG, || async {
+        let node = nodes.get(NODE).await.map_err(|error| error.to_string())?;
+        let capacity = node.status.map(|status| status.capacity).unwrap_or_default();
+        match capacity.get("bots") {
+            Some(bots) if bots.0 == "20" => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    let web = berth.ready("web").await;
+    assert_eq!((pid(&web), loggers()), (before, logging.clone()));
+    berth.apply("second", json!({})).await;
+    berth.ready("second").await;
+
+    // The controller is killed, all of its Pods at once; bots are placed again when one is back.
+    let pods = Api::<Pod>::namespaced(client.clone(), SYSTEM_NAMESPACE);
+    for pod in berth.pods("controller").await {
+        let params = DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default() };
+        pods.delete(&pod.name_any(), &params).await.unwrap();
+    }
+    berth.apply("third", json!({})).await;
+    berth.ready("third").await;
+
+    // kubelet is killed and comes back.
+    let kubelet = berth.cluster.pid("kubelet");
+    rustix::process::kill_process(
+        rustix::process::Pid::from_raw(kubelet.cast_signed()).unwrap(),
+        rustix::process::Signal::KILL,
+    )
+    .unwrap();
+    berth.cluster.up_again();
+    assert_ne!(berth.cluster.pid("kubelet"), kubelet);
+    berth.apply("fourth", json!({})).await;
+    berth.ready("fourth").await;
+    let web = berth.ready("web").await;
+    assert_eq!((pid(&web), loggers()), (before, logging));
+
+    // Taken off, with what is declared kept: bots run on, and are found again by the next one.
+    berth.helm(&["uninstall", "berth", "--wait"]);
+    wait_for("no agent", LONG, || async {
+        let pods = berth.pods("agent").await;
+        if pods.is_empty() { Ok(()) } else { Err(format!("{} Pods", pods.len())) }
+    })
+    .await;
+    assert!(berth.bots().get("web").await.is_ok(), "objects are kept");
+    assert!(page(&web).await.contains("started 2 time(s)"), "the bot runs on");
+    berth.release(&["install"], "charts/berth", &[]);
+    let again = berth.ready("web").await;
+    assert_eq!(pid(&again), before);
+    assert!(Api::<Deployment>::namespaced(client.clone(), SYSTEM_NAMESPACE).get("berth-controller").await.is_ok());
+
+    // For good, in the order of the README.
+    let cleanup = |more: &[&str]| {
+        let mut command = Command::new(common::BERTH);
+        command.args([
+            "node-cleanup",
+            "--node-name",
+            NODE,
+            "--containerd-address",
+            berth.cluster.env("CONTAINERD_ADDRESS"),
+        ]);
+        command.args(more).env("PATH", std::env::var_os("PATH").unwrap());
+        command
+    };
+    let refused = cleanup(&["--yes"]).output().unwrap();
+    assert!(!refused.status.success(), "an agent runs");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("an agent runs on this node"), "{refused:?}");
+    for name in ["second", "third", "fourth"] {
+        berth.bots().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+    wait_for("three bots gone", LONG, || async {
+        let left = berth.bots().list(&ListParams::default()).await.unwrap().items.len();
+        if left == 1 { Ok(()) } else { Err(format!("{left} bots")) }
+    })
+    .await;
+    // One is forgotten, and its node is taken off all the same.
+    berth.helm(&["uninstall", "berth", "--wait"]);
+    wait_for("no agent", LONG, || async {
+        let pods = berth.pods("agent").await;
+        if pods.is_empty() { Ok(()) } else { Err(format!("{} Pods", pods.len())) }
+    })
+    .await;
+    let said = run(&mut cleanup(&[]));
+    assert!(said.contains("1 tasks") && said.contains("nothing was removed"), "{said}");
+    assert!(Path::new("/var/lib/berth").exists() && page(&again).await.contains("I am web"));
+    let said = run(&mut cleanup(&["--yes"]));
+    assert!(said.contains("all of this is gone"), "{said}");
+    assert!(!Path::new(&format!("/proc/{before}/exe")).exists(), "its process");
+    assert_eq!(loggers(), Vec::<u32>::new());
+    for path in ["/run/berth", "/var/lib/berth", "/var/log/berth", "/sys/class/net/berth0"] {
+        assert!(!Path::new(path).exists(), "{path}");
+    }
+    for entry in std::fs::read_dir("/sys/fs/cgroup").unwrap().flatten() {
+        assert!(!entry.path().join("berth").exists(), "{:?}", entry.path());
+    }
+    let tables = run(Command::new("nft").args(["list", "tables"]));
+    assert!(!tables.contains("bots-on-berth0"), "{tables}");
+    assert!(!berth.cluster.ctr("default", ["namespaces", "list", "-q"]).lines().any(|line| line == "berth"));
+    let said = run(&mut cleanup(&["--yes"]));
+    assert!(said.contains("0 tasks"), "safe twice: {said}");
+    // kubelet's own are untouched.
+    assert!(Api::<Node>::all(client).get(NODE).await.is_ok());
+    assert!(berth.cluster.ctr("k8s.io", ["images", "list", "-q"]).contains("berth/berth"));
+}
