@@ -50,6 +50,9 @@ enum Part {
     },
     /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
     Agent(Box<AgentArgs>),
+    /// Wait, also on TERM, until killed: what a node's holder Pod does.
+    #[command(hide = true)]
+    Hold,
     /// Take all that Berth has off a node: bots, their files, versions, images, network. After its agent is gone. Says what there is;
     /// does it with --yes.
     NodeCleanup {
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
         }
+        Part::Hold => hold(),
         Part::NodeCleanup { agent, yes } => cleanup(*agent, yes, command.log_format, &command.log_filter),
         Part::Agent(args) => agent(*args, command.log_format, &command.log_filter),
     };
@@ -119,6 +123,14 @@ where
 fn agent(args: AgentArgs, format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let host = Host::settle(args.enter_host)?;
     serve(format, filter, |stop| berth::agent::run(args, host, stop))
+}
+
+fn hold() -> anyhow::Result<()> {
+    // SAFETY: ignoring a signal runs no code of ours. As the first process of its container it would not even need to be ignored.
+    unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
+    loop {
+        std::thread::park();
+    }
 }
 
 fn cleanup(args: AgentArgs, yes: bool, format: LogFormat, filter: &str) -> anyhow::Result<()> {

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use berth::api::bot_container::Phase;
-use berth::api::{BotContainer, BotNode, SYSTEM_NAMESPACE};
+use berth::api::{BotContainer, BotNode, NODES_NAMESPACE, SYSTEM_NAMESPACE};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Node, Pod, Secret};
 use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -234,6 +234,82 @@ async fn a_chart_is_installed_upgraded_and_taken_off() {
     berth.apply("second", json!({})).await;
     berth.ready("second").await;
 
+    // What bots ask for, all together, is what the scheduler sees of them.
+    let holders = Api::<Pod>::namespaced(client.clone(), NODES_NAMESPACE);
+    let asks = |pod: &Pod| {
+        let resources = pod.spec.as_ref().and_then(|spec| spec.containers[0].resources.clone()).unwrap_or_default();
+        resources.requests.unwrap_or_default().get("cpu").map(|cpu| cpu.0.clone()).unwrap_or_default()
+    };
+    let holder = wait_for("the holder runs", LONG, || async {
+        let pod = holders.get(NODE).await.map_err(|error| error.to_string())?;
+        let phase = pod.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
+        if phase == "Running" && asks(&pod) == "10m" {
+            Ok(pod)
+        } else {
+            Err(format!("{phase}, asks for {}", asks(&pod)))
+        }
+    })
+    .await;
+    berth.apply("large", json!({"resources": {"requests": {"cpu": "250m"}}})).await;
+    berth.ready("large").await;
+    wait_for("the holder resized in place", LONG, || async {
+        let pod = holders.get(NODE).await.map_err(|error| error.to_string())?;
+        let status = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()?.first().cloned());
+        let given = status.and_then(|status| status.resources?.requests?.get("cpu").map(|cpu| cpu.0.clone()));
+        let same = pod.uid() == holder.uid() && asks(&pod) == "260m" && given.as_deref() == Some("260m");
+        if same { Ok(()) } else { Err(format!("{:?} asks for {}, has {given:?}", pod.uid(), asks(&pod))) }
+    })
+    .await;
+
+    // A drain stops the bots, and waits until they have stopped; an uncordon starts them again.
+    let kubectl = |words: &[&str]| run(berth.cluster.command(berth.cluster.dir().join("bin/kubectl")).args(words));
+    kubectl(&["cordon", NODE]);
+    berth.apply("late", json!({})).await;
+    berth
+        .until("late", "not placed", |bot| {
+            let status = bot.status.as_ref();
+            let scheduled = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Scheduled"));
+            scheduled.is_some_and(|scheduled| scheduled.status == "False")
+        })
+        .await;
+    assert_eq!(pid(&berth.ready("web").await), before, "a cordon stops nothing");
+    kubectl(&[
+        "drain",
+        NODE,
+        "--ignore-daemonsets",
+        "--delete-emptydir-data",
+        "--pod-selector",
+        "app.kubernetes.io/component=holder",
+        "--timeout",
+        "120s",
+    ]);
+    for name in ["web", "second", "large"] {
+        let bot = berth.bots().get(name).await.unwrap();
+        let status = bot.status.as_ref().unwrap();
+        let ready = status.conditions.iter().find(|c| c.type_ == "Ready").unwrap();
+        assert_eq!(
+            (status.phase, ready.reason.as_str()),
+            (Some(Phase::Stopped), "NodeDraining"),
+            "{}",
+            common::summary(&bot)
+        );
+        assert!(status.task.is_none());
+    }
+    assert!(!Path::new(&format!("/proc/{before}/exe")).exists(), "its process");
+    kubectl(&["uncordon", NODE]);
+    let web = berth.ready("web").await;
+    assert!(page(&web).await.contains("started 3 time(s)"), "files are kept");
+    berth.ready("late").await;
+    wait_for("another holder", LONG, || async {
+        let pod = holders.get(NODE).await.map_err(|error| error.to_string())?;
+        if pod.uid() != holder.uid() { Ok(()) } else { Err("the old one".to_owned()) }
+    })
+    .await;
+    for name in ["large", "late"] {
+        berth.bots().delete(name, &DeleteParams::default()).await.unwrap();
+    }
+    let (before, logging) = (pid(&web), loggers());
+
     // The controller is killed, all of its Pods at once; bots are placed again when one is back.
     let pods = Api::<Pod>::namespaced(client.clone(), SYSTEM_NAMESPACE);
     for pod in berth.pods("controller").await {
@@ -265,7 +341,7 @@ async fn a_chart_is_installed_upgraded_and_taken_off() {
     })
     .await;
     assert!(berth.bots().get("web").await.is_ok(), "objects are kept");
-    assert!(page(&web).await.contains("started 2 time(s)"), "the bot runs on");
+    assert!(page(&web).await.contains("started 3 time(s)"), "the bot runs on");
     berth.release(&["install"], "charts/berth", &[]);
     let again = berth.ready("web").await;
     assert_eq!(pid(&again), before);

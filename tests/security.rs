@@ -521,6 +521,53 @@ async fn a_controller_grants_reads_by_name_to_accounts_of_nodes_alone() {
     roles.delete(&name, &DeleteParams::default()).await.unwrap();
 }
 
+type Change<'a> = &'a dyn Fn(&mut Value);
+
+#[tokio::test]
+async fn a_controller_makes_holder_pods_alone() {
+    let scene = Scene::set("pods").await;
+    let client = scene.cluster.client_of("controller/kubeconfig").await;
+    let node = scene.ours.node();
+    let dry = PostParams { dry_run: true, ..PostParams::default() };
+    let holder = |change: &dyn Fn(&mut Value)| {
+        let mut pod = json!({"metadata": {"name": node}, "spec": {"nodeName": node, "automountServiceAccountToken": false,
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{"name": "hold", "image": "berth", "args": ["hold"],
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}}}]}});
+        change(&mut pod);
+        object::<Pod>(pod)
+    };
+    let pods = Api::<Pod>::namespaced(client.clone(), NODES_NAMESPACE);
+    // Its account is made by a controller of Kubernetes a moment after the namespace.
+    wait_for("a holder let in", SOON, || async {
+        pods.create(&dry, &holder(&|_| {})).await.map(drop).map_err(|error| error.to_string())
+    })
+    .await;
+    let cases: [(&str, Change<'_>); 9] = [
+        ("another name", &|pod| pod["metadata"]["name"] = json!("mine")),
+        ("a token", &|pod| pod["spec"]["automountServiceAccountToken"] = json!(true)),
+        ("an account", &|pod| pod["spec"]["serviceAccountName"] = json!(node)),
+        ("a volume", &|pod| pod["spec"]["volumes"] = json!([{"name": "x", "emptyDir": {}}])),
+        ("an environment", &|pod| {
+            pod["spec"]["containers"][0]["envFrom"] = json!([{"secretRef": {"name": "x"}}]);
+        }),
+        ("a second container", &|pod| {
+            let one = pod["spec"]["containers"][0].clone();
+            pod["spec"]["initContainers"] = json!([one]);
+        }),
+        ("the host's network", &|pod| pod["spec"]["hostNetwork"] = json!(true)),
+        ("a privileged container", &|pod| {
+            pod["spec"]["containers"][0]["securityContext"] = json!({"privileged": true})
+        }),
+        ("root", &|pod| pod["spec"]["securityContext"] = json!({"runAsUser": 0})),
+    ];
+    for (what, change) in cases {
+        refused(what, pods.create(&dry, &holder(change)).await);
+    }
+    let elsewhere = Api::<Pod>::namespaced(client, scene.ns.name());
+    refused("another namespace", elsewhere.create(&dry, &holder(&|_| {})).await);
+}
+
 #[tokio::test]
 async fn pod_security_is_enforced_for_bots() {
     let cluster = Cluster::shared();

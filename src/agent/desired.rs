@@ -46,6 +46,21 @@ pub struct Desired {
     pub preserve: Option<Version>,
     /// What the object is to be.
     pub goal: Goal,
+    /// Whether that is so because the node is being drained.
+    pub drained: bool,
+}
+
+impl Desired {
+    /// The same on a node that is being drained: no process, whatever is asked for; files kept.
+    pub fn drained(mut self) -> Self {
+        let grace = match &self.goal {
+            Goal::Alive(alive) => alive.grace,
+            Goal::Held { grace } | Goal::Refused { grace, .. } => *grace,
+            Goal::Gone { .. } | Goal::Retained { .. } | Goal::Stopped { .. } => return self,
+        };
+        (self.goal, self.drained) = (Goal::Stopped { grace }, true);
+        self
+    }
 }
 
 /// A rollback that the spec asks for.
@@ -245,6 +260,7 @@ pub fn desired(
         restore,
         preserve,
         goal,
+        drained: false,
     })
 }
 

@@ -235,6 +235,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
 
     // The rules of the network follow the node's CIDR.
     let (cidr_sender, cidr) = watch::channel(None);
+    let (draining_sender, draining) = watch::channel(None);
     let (ready_sender, mut ready) = watch::channel(false);
     {
         let (registration, stop) = (registration.clone(), stop.clone());
@@ -246,7 +247,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
     {
         let (registration, stop) = (registration.clone(), stop.clone());
         tasks.spawn(async move {
-            registration.follow_cidr(cidr_sender, stop).await;
+            registration.follow(cidr_sender, draining_sender, stop).await;
             Ok(())
         });
     }
@@ -298,6 +299,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
         cgroups,
         nudges,
         cidr: cidr.clone(),
+        draining: draining.clone(),
         default_snapshotter: args.snapshotter.clone(),
         began: Instant::now(),
         steps: Semaphore::new(STEPS_AT_ONCE),
@@ -345,7 +347,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
     let mut sweeping = tokio::task::JoinSet::new();
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
     let mut calm_at = Instant::now() + STIRRED;
-    let mut cidr_seen = cidr;
+    let (mut cidr_seen, mut draining_seen) = (cidr, draining);
     let ended = loop {
         tokio::select! {
             // Nothing is lost by not polling it: a watch keeps its place.
@@ -430,6 +432,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
                 }
             },
             Ok(()) = cidr_seen.changed() => loops.wake_all("node CIDR"),
+            Ok(()) = draining_seen.changed() => loops.wake_all("drain"),
             Ok(()) = ready.changed() => {
                 health.set_ready(shared.listed.bots.load(Ordering::Relaxed) && *ready.borrow());
             }

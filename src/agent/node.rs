@@ -124,7 +124,8 @@ impl Registration {
     }
 
     /// What the node is like now, seen from here.
-    async fn observe(&self, live: Option<&BotNodeStatus>) -> Result<BotNodeStatus, NodeError> {
+    async fn observe(&self, node: &BotNode) -> Result<BotNodeStatus, NodeError> {
+        let live = node.status.as_ref();
         let failed = |source| NodeError::Containerd { node: self.facts.name.clone(), source };
         let version = self.containerd.version().version(self.containerd.request(())).await;
         let version = version.call("get version of", "containerd").map_err(failed)?.version;
@@ -151,6 +152,10 @@ impl Registration {
             };
             conditions.push(node_condition(live, "DiskPressure", room.is_pressed(), reason, message));
         }
+        if node.spec.drain {
+            let message = "bots are stopped, and none is placed here, until the node is uncordoned";
+            conditions.push(node_condition(live, "NodeDraining", true, Reason::NodeDraining, message));
+        }
         Ok(BotNodeStatus {
             versions: Some(versions),
             snapshotters,
@@ -174,7 +179,7 @@ impl Registration {
         loop {
             tries += 1;
             let live = self.ensure().await?;
-            let status = self.observe(live.status.as_ref()).await?;
+            let status = self.observe(&live).await?;
             if live.status.as_ref() == Some(&status) {
                 return Ok(());
             }
@@ -279,8 +284,13 @@ impl Registration {
         }
     }
 
-    /// Follows the CIDR that the controller gives this node, until `stop`.
-    pub async fn follow_cidr(&self, cidr: watch::Sender<Option<Cidr>>, stop: CancellationToken) {
+    /// Follows what the controller says of this node, its CIDR and whether it is being drained, until `stop`.
+    pub async fn follow(
+        &self,
+        cidr: watch::Sender<Option<Cidr>>,
+        draining: watch::Sender<Option<bool>>,
+        stop: CancellationToken,
+    ) {
         let api: Api<BotNode> = Api::all(self.client.clone());
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.facts.name));
         let mut nodes = std::pin::pin!(watcher(api, config).default_backoff().applied_objects());
@@ -291,6 +301,7 @@ impl Registration {
             };
             match node {
                 Some(Ok(node)) => {
+                    draining.send_if_modified(|old| old.replace(node.spec.drain) != Some(node.spec.drain));
                     let Some(text) = &node.spec.bot_cidr else { continue };
                     match Cidr::parse(text) {
                         Ok(new) => {

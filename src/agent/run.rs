@@ -93,6 +93,8 @@ pub struct Shared {
     pub nudges: mpsc::Sender<Nudge>,
     /// Addresses of this node's bots.
     pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
+    /// Whether the node is being drained; `None` before its BotNode was seen, when no bot may be started.
+    pub draining: tokio::sync::watch::Receiver<Option<bool>>,
     /// The node's snapshotter.
     pub default_snapshotter: String,
     /// When the agent began.
@@ -368,6 +370,10 @@ impl BotLoop {
             if waits && !self.shared.listed.snapshots.load(Ordering::Relaxed) {
                 return Pass::Wait(None);
             }
+            // Everybody is woken once it is known.
+            if self.shared.draining.borrow().is_none() {
+                return Pass::Wait(None);
+            }
             let desired = match self.desired(&bot) {
                 Ok(desired) => desired,
                 Err(error) => {
@@ -494,7 +500,9 @@ impl BotLoop {
     fn desired(&self, bot: &BotContainer) -> Result<Desired, Unusable> {
         let shared = &self.shared;
         let held = shared.gates.is_held(&self.bot.uid);
-        desired(bot, &shared.default_snapshotter, &shared.snapshots.store.state(), held)
+        let draining = shared.draining.borrow().unwrap_or(false);
+        let desired = desired(bot, &shared.default_snapshotter, &shared.snapshots.store.state(), held)?;
+        Ok(if draining { desired.drained() } else { desired })
     }
 
     fn must_wait(&mut self, step: Step, bot: &BotContainer) -> Option<Instant> {

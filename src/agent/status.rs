@@ -388,6 +388,11 @@ fn judge(
                 "the change of the spec needs a restart, which waits while the bot is paused; \
                  set operatingMode to Running or Stopped",
             ),
+            State::Stopped if desired.drained => Verdict::working(
+                Phase::Stopped,
+                Reason::NodeDraining,
+                "the node is being drained: the bot was stopped, its files are kept; it is started again when the node is uncordoned",
+            ),
             State::Stopped => Verdict::ready(Phase::Stopped, Reason::Stopped, "stopped as asked; files are kept"),
             State::Stopping => Verdict::working(
                 Phase::Stopping,

@@ -249,6 +249,7 @@ impl Orphan {
             restore: None,
             preserve: None,
             goal: Goal::Gone { grace: GRACE },
+            drained: false,
         };
         let deadline = Instant::now() + GRACE * 3 + LEFTOVERS * 3;
         let mut patience = Patience::default();

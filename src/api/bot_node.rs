@@ -35,6 +35,10 @@ pub struct BotNodeSpec {
     /// No new bots are placed here while set.
     #[serde(default)]
     pub unschedulable: bool,
+    /// Bots of this node are stopped, and no new ones placed here, while set: by the controller, when the node's holder Pod is evicted
+    /// (`kubectl drain`), until the node is uncordoned.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drain: bool,
     /// Layers of `status.orphans` that become versions in a namespace. `kubectl berth adopt` writes it, and the controller takes out
     /// what is done. Whoever may write it may read every orphan of the node.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

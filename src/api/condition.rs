@@ -100,6 +100,8 @@ reasons! {
     Unschedulable => "No node fits; the message has each node's reason. The bot is placed as soon as one does.",
     BotIdInUse => "Another BotContainer of this namespace holds this botId; it goes on by itself when that one is gone.",
     NodeUnreachable => "The node's agent has not renewed its Lease; what runs there is not known.",
+    NodeDraining => "The node is being drained, so its bots are stopped; `kubectl uncordon` starts them again.",
+    HolderRefused => "kubelet refuses the node's holder Pod, so the scheduler does not see what bots use; make room on the node, or fewer bots.",
     NodeGone => "The node was deleted or taken out of service: what was only there is lost.",
     Pulling => "Wait: the image is being pulled.",
     ImageReady => "Nothing to do: the image is there, whole.",

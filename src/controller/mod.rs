@@ -14,6 +14,7 @@
 //!                 ├── record.rs  who holds a botId, where its layer is ─────────┤
 //!                 ├── snapshot.rs  numbers, nodes and ends of versions ─────────┤
 //!                 │     └── schedule.rs, retention.rs   when one is due, which go
+//!                 ├── holder.rs  what bots ask for, as a Pod; drain ────────────┤
 //!                 ├── access.rs  what a node's account may read ────────────────┤
 //!                 └── node.rs    alive, lost or gone; CIDR (cidr.rs), owner ────┘
 //!            finalizer.rs   of bots and of snapshots
@@ -30,6 +31,7 @@ mod cidr;
 mod error;
 mod event;
 mod finalizer;
+mod holder;
 mod leader;
 mod metrics;
 mod mirror;
@@ -53,7 +55,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, ServiceAccount};
+use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::api::{Api, PatchParams};
@@ -72,6 +74,7 @@ use crate::telemetry::Health;
 use cidr::{Block, Pool};
 use error::Error;
 use event::Events;
+use holder::Holders;
 use leader::{Elector, Leadership, Times};
 use metrics::Metrics;
 use mirror::{DatabaseUrl, MaybeDatabaseUrl};
@@ -126,6 +129,23 @@ pub struct ControllerArgs {
     #[arg(long, env = "BERTH_LEADER_RETRY_SECONDS", value_name = "SECONDS", default_value_t = 2)]
     pub leader_retry_seconds: u64,
 
+    /// Image of the nodes' holder Pods, Berth's own. While bots are bound to a Node, one such Pod there asks for what they ask for, so
+    /// that the scheduler and autoscalers see it; evicting it drains the node of bots. Without it there are none.
+    #[arg(long, env = "BERTH_HOLDER_IMAGE", value_name = "IMAGE")]
+    pub holder_image: Option<String>,
+
+    /// PriorityClass of holder Pods.
+    #[arg(long, env = "BERTH_HOLDER_PRIORITY_CLASS", value_name = "NAME", default_value = "")]
+    pub holder_priority_class: String,
+
+    /// How long a drain waits for bots to stop. Seconds.
+    #[arg(long, env = "BERTH_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u32).range(2..=86_400))]
+    pub drain_seconds: u32,
+
+    /// A cordon (`kubectl cordon`) alone drains a node of bots as well; else it only keeps new ones away.
+    #[arg(long, env = "BERTH_DRAIN_ON_CORDON")]
+    pub drain_on_cordon: bool,
+
     /// A PostgreSQL (13 or newer) that is to have rows for other programs to read, as
     /// postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=verify-full; TLS modes are libpq's. Without it there are none.
     #[arg(long, env = "DATABASE_URL", value_name = "URL", hide_env_values = true)]
@@ -166,6 +186,8 @@ enum Key {
     Node(String),
     /// What the account of a node may read in a namespace: that and the node.
     Access(Name),
+    /// The holder Pod of a node.
+    Holder(String),
 }
 
 impl Key {
@@ -177,6 +199,7 @@ impl Key {
             Self::Snapshot(_) => "BotSnapshot",
             Self::Node(_) => "BotNode",
             Self::Access(_) => "Access",
+            Self::Holder(_) => "Holder",
         }
     }
 }
@@ -188,7 +211,7 @@ impl fmt::Display for Key {
             Self::Bot(name) | Self::Record(name) | Self::Snapshot(name) | Self::Access(name) => {
                 write!(f, "{} {name}", self.kind())
             }
-            Self::Node(name) => write!(f, "{} {name}", self.kind()),
+            Self::Node(name) | Self::Holder(name) => write!(f, "{} {name}", self.kind()),
         }
     }
 }
@@ -219,6 +242,8 @@ struct Context {
     me: String,
     /// The leader Lease.
     lease: Name,
+    /// How holder Pods are made.
+    holders: Option<Holders>,
 }
 
 impl Context {
@@ -317,6 +342,13 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
     let client = crate::client::client(crate::client::config().await?)?;
     let database = args.database_url.and_then(|MaybeDatabaseUrl(url)| url);
 
+    let holders = args.holder_image.clone().filter(|image| !image.is_empty()).map(|image| Holders {
+        image,
+        priority_class: args.holder_priority_class.clone(),
+        drain_seconds: i64::from(args.drain_seconds),
+        on_cordon: args.drain_on_cordon,
+    });
+
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry);
     let health = Health::new(registry);
@@ -325,7 +357,7 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
     let me = identity();
     let context = Arc::new(Context {
         client: client.clone(),
-        world: Mutex::new(World::new(database.is_some())),
+        world: Mutex::new(World::new(database.is_some(), holders.is_some())),
         queue: Queue::default(),
         leadership: leadership.clone(),
         events,
@@ -333,6 +365,7 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         pool,
         cidrs: tokio::sync::Mutex::default(),
         me: me.clone(),
+        holders: holders.clone(),
         lease: Name { namespace: args.leader_namespace.clone(), name: args.leader_name.clone() },
     });
 
@@ -360,6 +393,10 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         watches.spawn(watch::watch::<RoleBinding>(ctx(), Api::all(client.clone()), "RoleBinding", synced.clone()));
         let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), NODES_NAMESPACE);
         watches.spawn(watch::watch::<ServiceAccount>(ctx(), accounts, "ServiceAccount", synced.clone()));
+        if context.holders.is_some() {
+            let pods: Api<Pod> = Api::namespaced(client.clone(), NODES_NAMESPACE);
+            watches.spawn(watch::watch::<Pod>(ctx(), pods, "Pod", synced.clone()));
+        }
         let needed = all(watches.len());
         tasks.spawn(async move {
             match watches.join_next().await {
@@ -539,6 +576,7 @@ async fn reconcile(context: &Context, key: &Key) -> Result<Next, Error> {
         Key::Record(name) => record::reconcile(context, name).await,
         Key::Snapshot(name) => snapshot::reconcile(context, name).await,
         Key::Node(name) => node::reconcile(context, name).await,
+        Key::Holder(node) => holder::reconcile(context, node).await,
         Key::Access(at) => access::reconcile(context, at).await,
     }
 }

@@ -161,7 +161,7 @@ pub fn candidate(
     Candidate {
         name: bot_node.name_any(),
         not_ready,
-        cordoned: bot_node.spec.unschedulable,
+        cordoned: bot_node.spec.unschedulable || bot_node.spec.drain,
         labels: node.map_or_else(|| bot_node.labels().clone(), |n| n.labels().clone()),
         taints,
         handlers: status.runtime_handlers.iter().cloned().collect(),

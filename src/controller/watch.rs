@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use futures::StreamExt as _;
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, ServiceAccount};
+use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use k8s_openapi::api::node::v1::RuntimeClass;
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -19,6 +19,7 @@ use tokio::sync::watch::Sender;
 use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot};
 
 use super::access;
+use super::holder;
 use super::world::World;
 use super::{Context, Key, Name};
 
@@ -76,6 +77,12 @@ kept!(
     |w, name, _uid, now| w.lease_gone(&name.name, now),
     lease_names
 );
+kept!(
+    Pod,
+    |o, w, _live, _now| w.saw_holder(&o.name_any(), holder::Seen::of(&o)),
+    |w, name, _uid, _now| w.holder_gone(&name.name),
+    holder_names
+);
 kept!(Role, |o, w, _live, _now| w.saw_role(&o), |w, name, _uid, _now| w.role_gone(name), role_names);
 kept!(RoleBinding, |o, w, _live, _now| w.saw_binding(&o), |w, name, _uid, _now| w.binding_gone(name), binding_names);
 kept!(
@@ -88,14 +95,15 @@ kept!(RuntimeClass, |o, w, _live, _now| w.saw_class(o), |w, name, _uid, _now| w.
 
 /// Watches a kind for ever; counts itself into `synced` after its first complete list.
 pub async fn watch<K: Kept>(context: Arc<Context>, api: Api<K>, kind: &'static str, synced: Sender<usize>) {
-    // Leases and accounts have no namespace in the world: a node has one name.
-    let by_namespace = !matches!(kind, "Lease" | "ServiceAccount");
+    // What is a node's has no namespace in the world: a node has one name.
+    let by_namespace = !matches!(kind, "Lease" | "ServiceAccount" | "Pod");
     let name_of = |object: &K| Name {
         namespace: object.namespace().filter(|_| by_namespace).unwrap_or_default(),
         name: object.name_any(),
     };
     // Of those that the cluster has for its own ends only ours are of interest.
     let config = match kind {
+        "Pod" => watcher::Config::default().labels(holder::SELECTOR),
         "Role" | "RoleBinding" => watcher::Config::default().labels(access::LABEL),
         _ => watcher::Config::default(),
     };

@@ -24,6 +24,7 @@ use crate::api::{BotContainer, BotNode, BotRecord, BotSnapshot, resource_version
 
 use super::access::{self, Granted};
 use super::bot::{bound_to, home};
+use super::holder;
 use super::mirror::{self, Changed, LastWords, Tail};
 use super::node::{Heartbeat, NodeState, candidate, state};
 use super::place::{Amount, Ask, Candidate, Load, explain, place, requests};
@@ -77,6 +78,12 @@ pub struct World {
     claims: HashMap<Name, (String, Instant)>,
     /// The same of snapshots: once in an outage.
     snapshot_claims: HashMap<Name, String>,
+    /// Holder Pods by node, where there are such.
+    holders: Option<HashMap<String, holder::Seen>>,
+    /// Since when a holder should ask for something else.
+    resizes: HashMap<String, Instant>,
+    /// Until when no holder is made, since kubelet refused the last one.
+    refusals: HashMap<String, Instant>,
     /// Where there is a mirror: what it needs of the bots besides, and whose rows wait.
     mirrored: Option<Mirrored>,
 }
@@ -138,9 +145,10 @@ fn newer<K: ResourceExt>(known: Option<&Arc<K>>, new: &K) -> bool {
 }
 
 impl World {
-    /// Knows nothing yet. `mirrored`: there is a mirror, whose rows follow what is seen.
-    pub fn new(mirrored: bool) -> Self {
-        Self { mirrored: mirrored.then(Mirrored::default), ..Self::default() }
+    /// Knows nothing yet. `mirrored`: there is a mirror, whose rows follow what is seen; `holding`: nodes have holder Pods.
+    pub fn new(mirrored: bool, holding: bool) -> Self {
+        let (mirrored, holders) = (mirrored.then(Mirrored::default), holding.then(HashMap::new));
+        Self { mirrored, holders, ..Self::default() }
     }
 
     // --- bots
@@ -189,6 +197,7 @@ impl World {
         keys.push(Key::Bot(name.clone()));
         keys.extend(self.asked_of(&name));
         keys.extend(self.reseat(&name));
+        keys.extend(self.holder_key(&name));
         let has = self.seats.get(&name).map(|seat| seat.node.clone());
         if (renamed || had != has) && (known.is_some() || self.named.contains_key(&name)) {
             let nodes: BTreeSet<String> = had.into_iter().chain(has).collect();
@@ -217,6 +226,7 @@ impl World {
         }
         let mut keys = vec![Key::Record(id.clone())];
         keys.extend(self.asked_of(name));
+        keys.extend(self.holder_key(name));
         if self.named.remove(name).is_some()
             && let Some(seat) = self.seats.get(name)
         {
@@ -419,6 +429,69 @@ impl World {
     /// A claim of a snapshot was written.
     pub fn claimed_snapshot(&mut self, name: &Name, words: String) {
         self.snapshot_claims.insert(name.clone(), words);
+    }
+
+    // --- holder Pods
+
+    /// The holder of a bot's node.
+    fn holder_key(&self, bot: &Name) -> Option<Key> {
+        self.holders.as_ref()?;
+        self.seats.get(bot).map(|seat| Key::Holder(seat.node.clone()))
+    }
+
+    /// How it is with a node's holder.
+    pub fn holder_view(&self, node: &str) -> Option<(holder::View, Arc<BotNode>)> {
+        let bot_node = self.bot_nodes.get(node)?.clone();
+        let spec = self.nodes.get(node).map(|node| node.spec.as_ref());
+        let mut bots = self.by_node.get(node).into_iter().flatten().filter_map(|name| self.bots.get(name));
+        let view = holder::View {
+            wanted: self.load.get(node).filter(|load| load.bots > 0).copied(),
+            holder: self.holders.as_ref()?.get(node).cloned(),
+            has_node: spec.is_some(),
+            cordoned: spec.flatten().and_then(|spec| spec.unschedulable).unwrap_or(false),
+            drain: bot_node.spec.drain,
+            all_stopped: bots.all(|bot| holder::is_stopped(bot)),
+        };
+        Some((view, bot_node))
+    }
+
+    /// A holder was seen.
+    pub fn saw_holder(&mut self, node: &str, seen: holder::Seen) -> Vec<Key> {
+        match &mut self.holders {
+            Some(holders) if holders.get(node) != Some(&seen) => {
+                holders.insert(node.to_owned(), seen);
+                vec![Key::Holder(node.to_owned())]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// A holder is gone.
+    pub fn holder_gone(&mut self, node: &str) -> Vec<Key> {
+        match self.holders.as_mut().and_then(|holders| holders.remove(node)) {
+            Some(_) => vec![Key::Holder(node.to_owned())],
+            None => Vec::new(),
+        }
+    }
+
+    /// When a holder may be resized; `None`: now. Changes are gathered for so long.
+    pub fn holder_resize_at(&mut self, node: &str, now: Instant, gather: Duration) -> Option<Instant> {
+        let at = *self.resizes.entry(node.to_owned()).or_insert(now) + gather;
+        if at > now {
+            return Some(at);
+        }
+        self.resizes.remove(node);
+        None
+    }
+
+    /// kubelet refused a holder: no other is made until then.
+    pub fn holder_failed(&mut self, node: &str, until: Instant) {
+        self.refusals.insert(node.to_owned(), until);
+    }
+
+    /// When a holder may be made again; `None`: now.
+    pub fn holder_again_at(&self, node: &str, now: Instant) -> Option<Instant> {
+        self.refusals.get(node).copied().filter(|until| *until > now)
     }
 
     // --- what accounts of nodes may read
@@ -809,6 +882,7 @@ impl World {
 
     fn node_changed(&mut self, name: String, now: Instant) -> Vec<Key> {
         let mut keys = vec![Key::Node(name.clone())];
+        keys.extend(self.holders.is_some().then(|| Key::Holder(name.clone())));
         keys.extend(self.refresh(&name, now));
         keys
     }
@@ -911,6 +985,10 @@ impl World {
     /// Everything, in the order in which a new leader should look at it.
     pub fn all(&self) -> Vec<Key> {
         let mut keys: Vec<Key> = self.beats.keys().cloned().map(Key::Node).collect();
+        if let Some(holders) = &self.holders {
+            let nodes: BTreeSet<&String> = self.by_node.keys().chain(holders.keys()).collect();
+            keys.extend(nodes.into_iter().cloned().map(Key::Holder));
+        }
         keys.push(Key::Pending);
         keys.extend(self.bots.keys().cloned().map(Key::Bot));
         keys.extend(self.records.keys().cloned().map(Key::Record));
@@ -935,6 +1013,11 @@ impl World {
     /// Names of a kind, for the set difference after a list.
     pub fn bot_names(&self) -> Vec<Name> {
         self.bots.keys().cloned().collect()
+    }
+
+    /// As `bot_names`.
+    pub fn holder_names(&self) -> Vec<Name> {
+        self.holders.iter().flat_map(HashMap::keys).cloned().map(Name::cluster).collect()
     }
 
     /// Names of Roles, as `bot_names`.
