@@ -42,6 +42,15 @@ lint: ## Formatting, clippy, documentation, and shell scripts where shellcheck i
 crds: ## Write crds/ from the types in src/api
 	@cargo run --locked --quiet -- crds --dir crds
 
+.PHONY: deploy
+deploy: ## Write deploy/base from the chart
+	@hack/deploy
+
+.PHONY: image
+image: ## Build the image into target/image/berth.tar; ARGS="--push HOST:PORT/REPOSITORY:TAG" pushes it
+	@hack/install-deps
+	@images/berth/build $(ARGS)
+
 .PHONY: sqlx
 sqlx: ## Write .sqlx, sqlx's offline data, from the queries in src and from migrations/, on a PostgreSQL that it starts
 	@hack/sqlx

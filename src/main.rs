@@ -1,8 +1,10 @@
 //! The `berth` command: a subcommand a part. First what was typed, then what it means; errors become exit codes here.
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use berth::agent::AgentArgs;
 use berth::agent::host::{Host, Pod};
@@ -50,9 +52,12 @@ enum Part {
     },
     /// Run the bots of one node on its containerd. Ended by TERM; its bots run on.
     Agent(Box<AgentArgs>),
-    /// Wait, also on TERM, until killed: what a node's holder Pod does.
+    /// Wait, on TERM until the node's bots have stopped: what a node's holder Pod does.
     #[command(hide = true)]
-    Hold,
+    Hold {
+        /// Where the node's agent serves /drained.
+        agent: Option<SocketAddr>,
+    },
     /// Take all that Berth has off a node: bots, their files, versions, images, network. After its agent is gone. Says what there is;
     /// does it with --yes.
     NodeCleanup {
@@ -80,7 +85,7 @@ fn main() -> ExitCode {
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
         }
-        Part::Hold => hold(),
+        Part::Hold { agent } => hold(agent),
         Part::NodeCleanup { agent, yes } => cleanup(*agent, yes, command.log_format, &command.log_filter),
         Part::Agent(args) => agent(*args, command.log_format, &command.log_filter),
     };
@@ -125,12 +130,33 @@ fn agent(args: AgentArgs, format: LogFormat, filter: &str) -> anyhow::Result<()>
     serve(format, filter, |stop| berth::agent::run(args, host, stop))
 }
 
-fn hold() -> anyhow::Result<()> {
-    // SAFETY: ignoring a signal runs no code of ours. As the first process of its container it would not even need to be ignored.
-    unsafe { libc::signal(libc::SIGTERM, libc::SIG_IGN) };
-    loop {
-        std::thread::park();
-    }
+/// Waits for TERM, and then until the agent says that all bots of the node have stopped. Whoever evicted the Pod waits with it; kubelet
+/// ends it when its grace is over.
+fn hold(agent: Option<SocketAddr>) -> anyhow::Result<()> {
+    use anyhow::Context;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("can't start tokio")?;
+    runtime.block_on(async {
+        let mut term = signal(SignalKind::terminate()).context("can't listen to SIGTERM")?;
+        term.recv().await;
+        let Some(agent) = agent else { return std::future::pending().await };
+        while !is_drained(agent).await {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        Ok(())
+    })
+}
+
+/// Asks the agent; no answer is a no.
+async fn is_drained(agent: SocketAddr) -> bool {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let asking = async {
+        let mut stream = tokio::net::TcpStream::connect(agent).await?;
+        stream.write_all(format!("GET /drained HTTP/1.0\r\nHost: {agent}\r\n\r\n").as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(1024).read_to_string(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer.split(' ').nth(1) == Some("200"))
+    };
+    matches!(tokio::time::timeout(Duration::from_secs(5), asking).await, Ok(Ok(true)))
 }
 
 fn cleanup(args: AgentArgs, yes: bool, format: LogFormat, filter: &str) -> anyhow::Result<()> {

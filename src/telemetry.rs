@@ -43,17 +43,18 @@ pub struct BadFilter {
     source: tracing_subscriber::filter::ParseError,
 }
 
-/// What `/readyz` and `/metrics` answer from.
+/// What `/readyz`, `/drained` and `/metrics` answer from.
 #[derive(Clone, Debug)]
 pub struct Health {
     ready: Arc<AtomicBool>,
+    drained: Arc<AtomicBool>,
     registry: Arc<Registry>,
 }
 
 impl Health {
     /// Not ready yet, with the metrics of `registry`.
     pub fn new(registry: Registry) -> Self {
-        Self { ready: Arc::default(), registry: Arc::new(registry) }
+        Self { ready: Arc::default(), drained: Arc::default(), registry: Arc::new(registry) }
     }
 
     /// Ready means: the first lists are done and work can be taken.
@@ -61,11 +62,17 @@ impl Health {
         self.ready.store(ready, Ordering::Release);
     }
 
-    /// Serves `/healthz`, `/readyz` and `/metrics` until `stop`.
+    /// Drained means: the node is being drained, and no bot of it has a process. An agent alone ever is.
+    pub fn set_drained(&self, drained: bool) {
+        self.drained.store(drained, Ordering::Release);
+    }
+
+    /// Serves `/healthz`, `/readyz`, `/drained` and `/metrics` until `stop`.
     pub async fn serve(self, address: SocketAddr, stop: CancellationToken) -> Result<(), ServeFailed> {
         let router = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(readyz))
+            .route("/drained", get(drained))
             .route("/metrics", get(metrics))
             .with_state(self);
         let failed = |source| ServeFailed { address, source };
@@ -88,6 +95,14 @@ async fn readyz(State(health): State<Health>) -> impl IntoResponse {
         (StatusCode::OK, "ok\n")
     } else {
         (StatusCode::SERVICE_UNAVAILABLE, "not ready: the first lists are not done\n")
+    }
+}
+
+async fn drained(State(health): State<Health>) -> impl IntoResponse {
+    if health.drained.load(Ordering::Acquire) {
+        (StatusCode::OK, "ok\n")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "not drained: bots of this node are to run, or have not stopped\n")
     }
 }
 

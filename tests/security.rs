@@ -667,3 +667,55 @@ async fn pod_security_is_enforced_for_bots() {
     let error = create(json!({"network": {"mode": "Host"}})).await.unwrap_err().to_string();
     assert!(error.contains("spec.network.mode must not be Host"), "{error}");
 }
+
+/// What docs/quota.md shows, as it stands there.
+#[tokio::test]
+async fn the_documented_quota_and_policy_bound_a_namespace() {
+    let cluster = Cluster::shared();
+    let ns = Namespace::create(cluster, "quota").await;
+    let page = std::fs::read_to_string("docs/quota.md").unwrap();
+    let blocks: Vec<&str> = page.split("```yaml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    assert_eq!(blocks.len(), 2);
+    let quota = blocks[0].replace("team-a", ns.name()).replace("\"20\"", "\"1\"");
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in [("quota.yaml", quota.as_str()), ("policy.yaml", blocks[1])] {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        cluster.kubectl(["apply", "--filename", path.to_str().unwrap()]);
+    }
+    cluster.kubectl(["label", "namespace", ns.name(), "berth.dev/small-bots=true"]);
+    let of = |name: &str, limits: Value| {
+        object::<BotContainer>(
+            json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer", "metadata": {"name": name},
+            "spec": {"image": "busybox", "nodeName": "no-such-node", "resources": {"limits": limits}}}),
+        )
+    };
+    let dry = PostParams { dry_run: true, ..PostParams::default() };
+    wait_for("the policy in force", SOON, || async {
+        match ns.bots().create(&dry, &of("large", json!({"cpu": "2", "memory": "1Gi"}))).await {
+            Err(error) if error.to_string().contains("need spec.resources.limits.cpu of 500m or less") => Ok(()),
+            other => Err(format!("{:?}", other.map(|bot| bot.name_any()))),
+        }
+    })
+    .await;
+    for limits in [
+        json!({}),
+        json!({"cpu": "500m"}),
+        json!({"cpu": "500m", "memory": "2Gi"}),
+        json!({"cpu": "501m", "memory": "1Gi"}),
+    ] {
+        assert!(ns.bots().create(&dry, &of("large", limits.clone())).await.is_err(), "{limits}");
+    }
+    wait_for("the first bot let in", SOON, || async {
+        // Until the quota was counted, nothing is.
+        ns.bots()
+            .create(&PostParams::default(), &of("one", json!({"cpu": "500m", "memory": "1Gi"})))
+            .await
+            .map(drop)
+            .map_err(|e| e.to_string())
+    })
+    .await;
+    let second = ns.bots().create(&PostParams::default(), &of("two", json!({"cpu": "500m", "memory": "1Gi"}))).await;
+    refused("a second bot", second);
+    cluster.kubectl(["delete", "validatingadmissionpolicybinding,validatingadmissionpolicy", "small-bots"]);
+}

@@ -73,7 +73,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use containerd_client::events::{TaskExit, TaskOom, TaskPaused, TaskResumed, TaskStart};
-use containerd_client::services::v1::{CreateNamespaceRequest, Namespace, SubscribeRequest};
+use containerd_client::services::v1::{CreateNamespaceRequest, ListTasksRequest, Namespace, SubscribeRequest};
+use containerd_client::types::v1::{Process, Status as TaskState};
 use futures::StreamExt as _;
 use kube::Api;
 use kube::runtime::reflector::store;
@@ -121,6 +122,9 @@ const STIRRED: Duration = Duration::from_secs(60);
 
 /// How often is looked whether a bot was left frozen.
 const DEBTS: Duration = Duration::from_secs(2);
+
+/// How often is looked in a drain whether all bots have stopped.
+const DRAINED: Duration = Duration::from_millis(500);
 
 /// How often is looked for it then.
 const SWEEP_STIRRED: Duration = Duration::from_secs(20);
@@ -318,6 +322,13 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
         let (output, stop) = (output.clone(), stop.clone());
         tasks.spawn(async move {
             keep_logger(output, stop).await;
+            Ok(())
+        });
+    }
+    {
+        let (containerd, draining, health, stop) = (containerd.clone(), draining.clone(), health.clone(), stop.clone());
+        tasks.spawn(async move {
+            tell_drained(containerd, draining, health, stop).await;
             Ok(())
         });
     }
@@ -602,6 +613,35 @@ async fn lock_host(file: fs::File) -> anyhow::Result<fs::File> {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
             Err(error) => return Err(error).context("can't lock agent.lock in the state directory"),
+        }
+    }
+}
+
+/// Says whether the node is drained, by what containerd has: the node's holder Pod waits for it.
+async fn tell_drained(
+    containerd: Containerd,
+    mut draining: watch::Receiver<Option<bool>>,
+    health: Health,
+    stop: CancellationToken,
+) {
+    loop {
+        let wanted = *draining.borrow_and_update() == Some(true);
+        let listed = match wanted {
+            false => None,
+            true => {
+                let tasks = containerd.tasks().list(containerd.request(ListTasksRequest::default())).await;
+                tasks
+                    .call("list", "tasks")
+                    .inspect_err(|error| tracing::warn!(error = %chain(error), "tasks are not counted"))
+                    .ok()
+            }
+        };
+        let ended = |task: &Process| task.status() == TaskState::Stopped;
+        health.set_drained(listed.is_some_and(|listed| listed.tasks.iter().all(ended)));
+        tokio::select! {
+            () = tokio::time::sleep(DRAINED), if wanted => {}
+            changed = draining.changed() => if changed.is_err() { return },
+            () = stop.cancelled() => return,
         }
     }
 }

@@ -4,12 +4,15 @@
 //!
 //! ```text
 //! bots come and go  ->  made, resized in place, removed
-//! evicted           ->  BotNode.spec.drain: the agent stops the bots; the Pod ends when all have stopped, or its grace has passed
+//! evicted           ->  BotNode.spec.drain: the agent stops the bots; the Pod ends when the agent says that all have stopped, or when its
+//!                       grace is over
 //! uncordoned        ->  the drain ends: bots start again, a new holder comes
 //! ```
 //!
-//! It runs nothing: `berth hold` waits, also on TERM, so that `kubectl drain` waits with it. The pure part is above.
+//! It does nothing: `berth hold` waits, and on TERM for the agent's word, so that `kubectl drain` waits with it. (kubelet does not
+//! cut short a stop that is under way, so nobody else could end it early.) The pure part is above.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Pod;
@@ -17,8 +20,8 @@ use kube::api::{Api, DeleteParams, Patch, PostParams};
 use kube::{Resource as _, ResourceExt as _};
 use serde_json::json;
 
-use crate::api::condition::{ConditionType, Reason, find};
-use crate::api::{BotContainer, BotNode, CONTROLLER, NODES_NAMESPACE};
+use crate::api::condition::Reason;
+use crate::api::{BotNode, CONTROLLER, NODES_NAMESPACE};
 
 use super::error::Error;
 use super::event::Note;
@@ -29,8 +32,8 @@ use super::{Context, Next, merge_params};
 /// Labels of the Pods that the watch selects.
 pub const SELECTOR: &str = "app.kubernetes.io/name=berth,app.kubernetes.io/component=holder";
 
-/// The grace of deletions that are ours. Others give the Pod's own, or what they like.
-const OURS: i64 = 1;
+/// The grace of deletions that are ours: no bot is left to be waited for. Seconds.
+const GRACE: u32 = 1;
 
 /// How long changes are gathered before the Pod is resized: every start of a bot would be another write.
 const GATHER: Duration = Duration::from_secs(2);
@@ -47,6 +50,8 @@ pub struct Holders {
     pub priority_class: String,
     /// How long bots may take to stop in a drain. Seconds.
     pub drain_seconds: i64,
+    /// Where agents serve /drained.
+    pub agent_port: u16,
     /// A cordon drains as well.
     pub on_cordon: bool,
 }
@@ -56,8 +61,10 @@ pub struct Holders {
 pub struct Seen {
     /// What it asks for.
     pub asks: Amount,
-    /// Being deleted: with which grace.
-    pub ends: Option<i64>,
+    /// Being deleted.
+    pub ends: bool,
+    /// By an eviction, preemption or taint (condition DisruptionTarget), not by a plain deletion or with its namespace.
+    pub disrupted: bool,
     /// kubelet refused it, or it ended: why.
     pub failed: Option<String>,
 }
@@ -82,14 +89,14 @@ impl Seen {
                 said(status.and_then(|s| s.message.as_ref()))
             )
         });
-        let ends =
-            pod.metadata.deletion_timestamp.as_ref().map(|_| pod.metadata.deletion_grace_period_seconds.unwrap_or(0));
-        Self { asks, ends, failed: over }
+        let mut conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+        let disrupted = conditions.any(|c| c.type_ == "DisruptionTarget" && c.status == "True");
+        Self { asks, ends: pod.metadata.deletion_timestamp.is_some(), disrupted, failed: over }
     }
 
-    /// Whether somebody else wants it gone.
+    /// Whether somebody wants its node empty.
     fn is_evicted(&self) -> bool {
-        self.ends.is_some_and(|grace| grace != OURS)
+        self.ends && self.disrupted
     }
 }
 
@@ -106,8 +113,6 @@ pub struct View {
     pub cordoned: bool,
     /// `BotNode.spec.drain`.
     pub drain: bool,
-    /// No bot of the node has a process.
-    pub all_stopped: bool,
 }
 
 /// What to do. Each is safe to be cut off anywhere and decided again.
@@ -129,28 +134,25 @@ pub enum Plan {
 
 /// See the module.
 pub fn decide(view: &View, on_cordon: bool) -> Plan {
-    let View { wanted, holder, has_node, cordoned, drain, all_stopped } = view;
-    let there = holder.as_ref().filter(|holder| holder.ends.is_none());
+    let View { wanted, holder, has_node, cordoned, drain } = view;
+    let there = holder.as_ref().filter(|holder| !holder.ends);
     if !has_node {
         return if there.is_some() { Plan::Remove } else { Plan::Rest };
     }
     let evicted = holder.as_ref().is_some_and(Seen::is_evicted);
     if *drain {
         return match holder {
-            // Whoever evicted it waits for its end.
-            Some(holder) if *all_stopped && holder.ends != Some(OURS) => Plan::Remove,
-            Some(holder) if holder.ends.is_none() && !(*cordoned && on_cordon) => Plan::Drain(false),
+            Some(holder) if !(holder.ends || *cordoned && on_cordon) => Plan::Drain(false),
             None if !cordoned => Plan::Drain(false),
             _ => Plan::Rest,
         };
     }
     match (wanted, holder) {
         (Some(_), _) if evicted || *cordoned && on_cordon => Plan::Drain(true),
-        (None, Some(_)) if evicted => Plan::Remove,
         (None, _) if there.is_some() => Plan::Remove,
         (Some(wanted), None) => Plan::Create(*wanted),
-        (Some(_), Some(Seen { failed: Some(_), ends: None, .. })) => Plan::Replace,
-        (Some(wanted), Some(seen)) if seen.ends.is_none() && seen.asks != rounded(*wanted) => Plan::Resize(*wanted),
+        (Some(_), Some(Seen { failed: Some(_), ends: false, .. })) => Plan::Replace,
+        (Some(wanted), Some(seen)) if !seen.ends && seen.asks != rounded(*wanted) => Plan::Resize(*wanted),
         _ => Plan::Rest,
     }
 }
@@ -160,23 +162,26 @@ fn rounded(amount: Amount) -> Amount {
     Amount { cpu_milli: amount.cpu_milli.max(1), memory: amount.memory.max(4 << 20), bots: 0 }
 }
 
-/// Whether a bot has a process, as far as its agent says.
-pub fn is_stopped(bot: &BotContainer) -> bool {
-    let conditions = bot.status.as_ref().map_or(&[][..], |status| &status.conditions);
-    find(conditions, ConditionType::Running).is_some_and(|running| running.status == "False")
-}
-
 fn requests(amount: Amount) -> serde_json::Value {
     let Amount { cpu_milli, memory, .. } = rounded(amount);
     json!({"cpu": format!("{cpu_milli}m"), "memory": memory.to_string()})
 }
 
-fn pod(node: &str, holders: &Holders, amount: Amount) -> serde_json::Value {
+fn pod(bot_node: &BotNode, holders: &Holders, amount: Amount) -> serde_json::Value {
+    let node = bot_node.name_any();
+    let addresses = bot_node.status.iter().flat_map(|status| &status.addresses);
+    let ip = addresses.filter(|address| address.type_ == "InternalIP").find_map(|address| address.address.parse().ok());
+    let agent = ip.map(|ip: IpAddr| SocketAddr::new(ip, holders.agent_port).to_string());
+    let arguments: Vec<String> = ["hold".to_owned()].into_iter().chain(agent).collect();
     let forever = |key: &str| json!({"key": key, "operator": "Exists", "effect": "NoExecute"});
     let mut pod = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "name": node, "namespace": NODES_NAMESPACE,
+            // `kubectl drain` evicts what has a controller, and asks for --force for what has none.
+            "ownerReferences": [{
+                "apiVersion": BotNode::api_version(&()), "kind": BotNode::kind(&()), "name": node, "uid": bot_node.uid(), "controller": true,
+            }],
             "labels": {"app.kubernetes.io/name": "berth", "app.kubernetes.io/component": "holder", "app.kubernetes.io/managed-by": CONTROLLER},
             "annotations": {
                 "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
@@ -194,7 +199,7 @@ fn pod(node: &str, holders: &Holders, amount: Amount) -> serde_json::Value {
             "tolerations": [forever("node.kubernetes.io/not-ready"), forever("node.kubernetes.io/unreachable")],
             "securityContext": {"runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [{
-                "name": "hold", "image": holders.image, "args": ["hold"],
+                "name": "hold", "image": holders.image, "args": arguments,
                 "resources": {"requests": requests(amount)},
                 "resizePolicy": [{"resourceName": "cpu", "restartPolicy": "NotRequired"}, {"resourceName": "memory", "restartPolicy": "NotRequired"}],
                 "securityContext": {"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": {"drop": ["ALL"]}},
@@ -223,7 +228,7 @@ pub async fn reconcile(context: &Context, node: &str) -> Result<Next, Error> {
             if let Some(at) = context.world().holder_again_at(node, Instant::now()) {
                 return Ok(Next::At(at));
             }
-            let made = serde_json::from_value(pod(node, holders, amount))
+            let made = serde_json::from_value(pod(&bot_node, holders, amount))
                 .map_err(|error| Error::call("making", &*object, kube::Error::SerdeError(error)))?;
             match context.write("making", &object, api.create(&PostParams::default(), &made)).await {
                 // Made before, by us or a leader before us.
@@ -282,8 +287,7 @@ pub async fn reconcile(context: &Context, node: &str) -> Result<Next, Error> {
 }
 
 async fn remove(context: &Context, api: &Api<Pod>, node: &str, object: &str) -> Result<(), Error> {
-    let params =
-        DeleteParams { grace_period_seconds: Some(u32::try_from(OURS).unwrap_or(1)), ..DeleteParams::default() };
+    let params = DeleteParams { grace_period_seconds: Some(GRACE), ..DeleteParams::default() };
     match context.write("removing", object, api.delete(node, &params)).await {
         Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => Ok(()),
         done => done.map(drop),
@@ -299,39 +303,37 @@ mod tests {
     }
 
     fn view(wanted: Option<Amount>, holder: Option<Seen>) -> View {
-        View { wanted, holder, has_node: true, cordoned: false, drain: false, all_stopped: false }
+        View { wanted, holder, has_node: true, cordoned: false, drain: false }
     }
 
     fn seen(asks: Amount) -> Seen {
-        Seen { asks, ends: None, failed: None }
+        Seen { asks, ends: false, disrupted: false, failed: None }
     }
 
-    fn ending(grace: i64) -> Seen {
-        Seen { ends: Some(grace), ..seen(amount(100, 64 << 20)) }
+    fn ending(disrupted: bool) -> Seen {
+        Seen { ends: true, disrupted, ..seen(amount(100, 64 << 20)) }
     }
 
     #[test]
     fn every_row_of_the_table() {
         let some = amount(100, 64 << 20);
         let (bots, none) = (Some(some), None);
-        let drained = |holder, cordoned, all_stopped| View { drain: true, cordoned, all_stopped, ..view(bots, holder) };
+        let drained = |holder, cordoned| View { drain: true, cordoned, ..view(bots, holder) };
         let rows = [
             ("no bots, no holder", view(none, None), Plan::Rest),
             ("the first bot", view(bots, None), Plan::Create(some)),
             ("as it should be", view(bots, Some(seen(some))), Plan::Rest),
             ("another bot", view(bots, Some(seen(amount(50, 1 << 20)))), Plan::Resize(some)),
             ("the last bot went", view(none, Some(seen(some))), Plan::Remove),
-            ("and its Pod goes", view(none, Some(ending(OURS))), Plan::Rest),
-            ("a bot came while our own removal is under way", view(bots, Some(ending(OURS))), Plan::Rest),
-            ("evicted", view(bots, Some(ending(3600))), Plan::Drain(true)),
-            ("evicted at once", view(bots, Some(ending(0))), Plan::Drain(true)),
-            ("evicted with no bots left", view(none, Some(ending(3600))), Plan::Remove),
-            ("draining, some still run", drained(Some(ending(3600)), true, false), Plan::Rest),
-            ("draining, all stopped", drained(Some(ending(3600)), true, true), Plan::Remove),
-            ("drained, its Pod goes", drained(Some(ending(OURS)), true, true), Plan::Rest),
-            ("drained and cordoned", drained(None, true, true), Plan::Rest),
-            ("uncordoned", drained(None, false, true), Plan::Drain(false)),
-            ("evicted without a cordon, Pod gone", drained(None, false, false), Plan::Drain(false)),
+            ("and its Pod goes", view(none, Some(ending(false))), Plan::Rest),
+            ("a bot came while our own removal is under way", view(bots, Some(ending(false))), Plan::Rest),
+            ("deleted by hand, or with its namespace", view(bots, Some(ending(false))), Plan::Rest),
+            ("evicted", view(bots, Some(ending(true))), Plan::Drain(true)),
+            ("evicted with no bots left", view(none, Some(ending(true))), Plan::Rest),
+            ("draining", drained(Some(ending(true)), true), Plan::Rest),
+            ("drained and cordoned", drained(None, true), Plan::Rest),
+            ("uncordoned while it drains", drained(Some(ending(true)), false), Plan::Rest),
+            ("uncordoned", drained(None, false), Plan::Drain(false)),
             (
                 "refused by kubelet",
                 view(bots, Some(Seen { failed: Some("OutOfcpu".into()), ..seen(some) })),
@@ -353,10 +355,16 @@ mod tests {
 
     #[test]
     fn a_pod_says_what_it_was_made_of() {
-        let holders =
-            Holders { image: "berth".into(), priority_class: String::new(), drain_seconds: 60, on_cordon: false };
+        let holders = Holders {
+            image: "berth".into(),
+            priority_class: String::new(),
+            drain_seconds: 60,
+            agent_port: 10470,
+            on_cordon: false,
+        };
         for wanted in [amount(0, 0), amount(1500, 3 << 30)] {
-            let made: Pod = serde_json::from_value(pod("node-1", &holders, wanted)).unwrap();
+            let made: Pod =
+                serde_json::from_value(pod(&BotNode::new("node-1", Default::default()), &holders, wanted)).unwrap();
             assert_eq!(Seen::of(&made), seen(rounded(wanted)));
         }
     }

@@ -138,6 +138,10 @@ pub struct ControllerArgs {
     #[arg(long, env = "BERTH_HOLDER_PRIORITY_CLASS", value_name = "NAME", default_value = "")]
     pub holder_priority_class: String,
 
+    /// The port of agents' --health-address: a holder Pod asks its node's agent there whether all bots have stopped.
+    #[arg(long, env = "BERTH_AGENT_PORT", value_name = "PORT", default_value_t = 10470)]
+    pub agent_port: u16,
+
     /// How long a drain waits for bots to stop. Seconds.
     #[arg(long, env = "BERTH_DRAIN_SECONDS", value_name = "SECONDS", default_value_t = 3600, value_parser = clap::value_parser!(u32).range(2..=86_400))]
     pub drain_seconds: u32,
@@ -346,6 +350,7 @@ async fn run_once(args: ControllerArgs, stop: &CancellationToken) -> anyhow::Res
         image,
         priority_class: args.holder_priority_class.clone(),
         drain_seconds: i64::from(args.drain_seconds),
+        agent_port: args.agent_port,
         on_cordon: args.drain_on_cordon,
     });
 

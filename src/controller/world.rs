@@ -443,14 +443,12 @@ impl World {
     pub fn holder_view(&self, node: &str) -> Option<(holder::View, Arc<BotNode>)> {
         let bot_node = self.bot_nodes.get(node)?.clone();
         let spec = self.nodes.get(node).map(|node| node.spec.as_ref());
-        let mut bots = self.by_node.get(node).into_iter().flatten().filter_map(|name| self.bots.get(name));
         let view = holder::View {
             wanted: self.load.get(node).filter(|load| load.bots > 0).copied(),
             holder: self.holders.as_ref()?.get(node).cloned(),
             has_node: spec.is_some(),
             cordoned: spec.flatten().and_then(|spec| spec.unschedulable).unwrap_or(false),
             drain: bot_node.spec.drain,
-            all_stopped: bots.all(|bot| holder::is_stopped(bot)),
         };
         Some((view, bot_node))
     }

@@ -98,6 +98,7 @@ async fn writes_that_are_refused_lost_or_cut_off_are_made_in_the_end() {
     proxy.spoil_next("update", "leases", [Lost, Answer(409), Broken]);
     proxy.spoil_next("get", "botnodes", [Broken, Answer(500)]);
     let mut web = scene.apply(counting("web").stopped()).await;
+    scene.phase("web", Phase::Stopped).await;
     let mut starts = 0;
     for (turn, fault) in
         [Lost, Answer(409), Broken, Answer(500), Answer(503), Answer(429), Answer(403), Lost].into_iter().enumerate()
@@ -119,7 +120,11 @@ async fn writes_that_are_refused_lost_or_cut_off_are_made_in_the_end() {
     scene.diary(&web).assert_starts(starts, "web");
     let status = scene.ns.bots().get("web").await.unwrap().status.unwrap();
     let times = |what: &str| status.transitions.iter().filter(|t| t.type_ == what).count();
-    assert_eq!((times("started"), times("stopped")), (starts, starts), "told once, however often it was written");
+    assert_eq!(
+        (times("started"), times("stopped")),
+        (starts, starts + 1),
+        "told once, however often it was written; it was made stopped"
+    );
     wait_for("every fault come", SOON, || async { proxy.spent() }).await;
     assert!(alive(pid));
     scene.diary(&steady).assert_starts(1, "steady");
