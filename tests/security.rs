@@ -552,7 +552,8 @@ async fn a_controller_makes_holder_pods_alone() {
             pod["spec"]["containers"][0]["envFrom"] = json!([{"secretRef": {"name": "x"}}]);
         }),
         ("a second container", &|pod| {
-            let one = pod["spec"]["containers"][0].clone();
+            let mut one = pod["spec"]["containers"][0].clone();
+            one["name"] = json!("second");
             pod["spec"]["initContainers"] = json!([one]);
         }),
         ("the host's network", &|pod| pod["spec"]["hostNetwork"] = json!(true)),
