@@ -12,6 +12,7 @@
 //! output.rs    the log file
 //! survive.rs   agent and containerd go and come back
 //! remove.rs    deletion, orphans, strangers
+//! gitops.rs    what Flux, Argo CD and kubectl diff see
 //! ```
 
 #![allow(missing_docs)]
@@ -27,6 +28,8 @@ mod stage;
 mod changes;
 #[path = "e2e_bot/ends.rs"]
 mod ends;
+#[path = "e2e_bot/gitops.rs"]
+mod gitops;
 #[path = "e2e_bot/images.rs"]
 mod images;
 #[path = "e2e_bot/inside.rs"]

@@ -34,7 +34,7 @@ struct Installed {
 
 impl Installed {
     async fn cluster() -> Self {
-        let helm = PathBuf::from(run(&mut Command::new("hack/helm")));
+        let helm = PathBuf::from(run(Command::new("hack/go-tool").arg("helm")));
         let cluster = Cluster::with_kubelet(NODE);
         let registry = cluster.env("BERTH_REGISTRY").to_owned();
         run(Command::new("images/berth/build").args(["--dev", "--push", &format!("{registry}/berth/berth:0.1.0")]));
