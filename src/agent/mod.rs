@@ -304,6 +304,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
         nudges,
         cidr: cidr.clone(),
         draining: draining.clone(),
+        went_back: registration.went_back(),
         default_snapshotter: args.snapshotter.clone(),
         began: Instant::now(),
         steps: Semaphore::new(STEPS_AT_ONCE),
@@ -344,9 +345,11 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
     let selector = format!("status.nodeName={}", args.node_name);
     let config = watcher::Config::default().fields(&selector);
     let api: Api<BotContainer> = Api::all(client.clone());
-    let mut objects = std::pin::pin!(watcher(api, config.clone()).default_backoff());
-    let api: Api<BotSnapshot> = Api::all(client.clone());
-    let mut versions_seen = std::pin::pin!(watcher(api, config).default_backoff());
+    let begin_bots = || watcher(api.clone(), config.clone()).default_backoff();
+    let mut objects = std::pin::pin!(begin_bots());
+    let snapshot_api: Api<BotSnapshot> = Api::all(client.clone());
+    let begin_snapshots = || watcher(snapshot_api.clone(), config.clone()).default_backoff();
+    let mut versions_seen = std::pin::pin!(begin_snapshots());
     let mut loops = Loops::default();
     let mut takers = Takers::default();
     let mut debts_at = tokio::time::interval(DEBTS);
@@ -359,6 +362,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
     let mut sweep_at = Instant::now() + Duration::from_secs(5);
     let mut calm_at = Instant::now() + STIRRED;
     let (mut cidr_seen, mut draining_seen) = (cidr, draining);
+    let mut went_back = registration.went_back();
     let ended = loop {
         tokio::select! {
             // Nothing is lost by not polling it: a watch keeps its place.
@@ -443,6 +447,11 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
                 }
             },
             Ok(()) = cidr_seen.changed() => loops.wake_all("node CIDR"),
+            // Their stores are filled anew by the lists that a watch begins with.
+            Ok(()) = went_back.changed() => {
+                objects.set(begin_bots());
+                versions_seen.set(begin_snapshots());
+            }
             Ok(()) = draining_seen.changed() => loops.wake_all("drain"),
             Ok(()) = ready.changed() => {
                 health.set_ready(shared.listed.bots.load(Ordering::Relaxed) && *ready.borrow());

@@ -1,6 +1,7 @@
 //! The agent's own BotNode and its Lease: what this node has, and that somebody looks after it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use containerd_client::services::v1::PluginsRequest;
@@ -19,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::bot_node::{NodeVersions, OrphanedLayer};
 use crate::api::condition::{Reason, api_time, chain};
-use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE};
+use crate::api::{AGENT, BotNode, BotNodeStatus, NODE_LEASE_NAMESPACE, resource_version};
 use crate::containerd::{CallContext, CallFailed, Containerd};
 use crate::network::Cidr;
 
@@ -85,6 +86,10 @@ pub struct Registration {
     room: watch::Receiver<Option<Room>>,
     orphans: watch::Receiver<Option<Vec<OrphanedLayer>>>,
     metrics: Metrics,
+    /// The newest resourceVersion of our Lease.
+    renewed: AtomicI64,
+    /// How often the cluster was found to have gone back.
+    went_back: watch::Sender<u64>,
 }
 
 impl Registration {
@@ -97,7 +102,23 @@ impl Registration {
         orphans: watch::Receiver<Option<Vec<OrphanedLayer>>>,
         metrics: Metrics,
     ) -> Self {
-        Self { client, containerd, facts, room, orphans, metrics }
+        let (renewed, (went_back, _)) = (AtomicI64::new(0), watch::channel(0));
+        Self { client, containerd, facts, room, orphans, metrics, renewed, went_back }
+    }
+
+    /// Changes when the cluster was restored from a backup: a watch goes on from a version that is not yet again, and tells
+    /// nothing of what changed by that. Whoever watches has to begin anew.
+    pub fn went_back(&self) -> watch::Receiver<u64> {
+        self.went_back.subscribe()
+    }
+
+    /// Takes in our Lease as it is now; nobody but us writes it, so its version only ever grows.
+    fn saw_lease(&self, lease: &Lease) {
+        let version = resource_version(&lease.metadata).unwrap_or(0);
+        if version < self.renewed.swap(version, Ordering::Relaxed) {
+            tracing::warn!("the cluster was restored from a backup: what was seen of it is read anew");
+            self.went_back.send_modify(|times| *times += 1);
+        }
     }
 
     fn api_failed(&self, what: &'static str) -> impl Fn(kube::Error) -> NodeError {
@@ -237,16 +258,18 @@ impl Registration {
         };
         match api.get_opt(name).await.map_err(self.api_failed("read the Lease"))? {
             Some(mut lease) => {
+                self.saw_lease(&lease);
                 let mine = lease.spec.as_ref().filter(|old| old.holder_identity.as_ref() == Some(&self.facts.instance));
                 lease.spec = Some(spec(mine.and_then(|old| old.acquire_time.clone())));
                 let done = api.replace(name, &PostParams::default(), &lease).await;
-                done.map(|_| ()).map_err(self.api_failed("renew the Lease"))
+                done.map(|lease| self.saw_lease(&lease)).map_err(self.api_failed("renew the Lease"))
             }
             None => {
                 let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
                 let lease = Lease { metadata, spec: Some(spec(None)) };
+                // One that was deleted and is made anew has a newer version, unless the cluster went back.
                 let done = api.create(&PostParams::default(), &lease).await;
-                done.map(|_| ()).map_err(self.api_failed("create the Lease"))
+                done.map(|lease| self.saw_lease(&lease)).map_err(self.api_failed("create the Lease"))
             }
         }
     }
@@ -293,10 +316,17 @@ impl Registration {
     ) {
         let api: Api<BotNode> = Api::all(self.client.clone());
         let config = watcher::Config::default().fields(&format!("metadata.name={}", self.facts.name));
-        let mut nodes = std::pin::pin!(watcher(api, config).default_backoff().applied_objects());
+        let begin = || watcher(api.clone(), config.clone()).default_backoff().applied_objects();
+        let mut nodes = std::pin::pin!(begin());
+        let mut went_back = self.went_back();
         loop {
             let node = tokio::select! {
                 node = nodes.next() => node,
+                // The sender is ours, and lives as long.
+                _ = went_back.changed() => {
+                    nodes.set(begin());
+                    continue;
+                }
                 () = stop.cancelled() => return,
             };
             match node {

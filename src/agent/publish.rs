@@ -1,6 +1,7 @@
 //! Tells the API server: statuses by server-side apply, Events.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::ObjectReference;
@@ -12,7 +13,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::api::condition::{MAX_MESSAGE, Reason, chain, cut};
-use crate::api::{AGENT, BotContainer, BotContainerStatus, BotNode, BotSnapshot, BotSnapshotStatus};
+use crate::api::{AGENT, BotContainer, BotContainerStatus, BotNode, BotSnapshot, BotSnapshotStatus, resource_version};
 
 use super::failpoint::{Effect, around};
 use super::metrics::Metrics;
@@ -27,6 +28,27 @@ pub struct Publisher {
     recorder: Recorder,
     node: String,
     metrics: Metrics,
+}
+
+/// An object as our own last write left it.
+#[derive(Clone, Debug)]
+pub struct Written<K> {
+    /// The answer to the write.
+    pub object: Arc<K>,
+    /// [`Registration::went_back`](super::node::Registration::went_back) at that time: an answer from before the cluster was restored is
+    /// of a future that is no more.
+    pub era: u64,
+}
+
+impl<K: Resource> Written<K> {
+    /// The newer of what a watch has seen and what was written in this era. A version that is no number counts as oldest.
+    pub fn or(written: Option<&Self>, seen: Arc<K>, era: u64) -> Arc<K> {
+        let version = |object: &K| resource_version(object.meta()).unwrap_or(0);
+        match written {
+            Some(written) if written.era == era && version(&written.object) > version(&seen) => written.object.clone(),
+            _ => seen,
+        }
+    }
 }
 
 /// A status could not be written.

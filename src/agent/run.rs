@@ -18,10 +18,10 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
+use crate::api::BotContainer;
 use crate::api::bot_container::DeletionPolicy;
 use crate::api::condition::{ConditionType, Reason, chain, find};
 use crate::api::ids::BotUid;
-use crate::api::{BotContainer, resource_version};
 use crate::network::Cidr;
 
 use super::act::{Actor, StepError, Work};
@@ -32,7 +32,7 @@ use super::lineage::Lineage;
 use super::metrics::Metrics;
 use super::observe::{Observed, Observer};
 use super::plan::{Next, State, plan};
-use super::publish::Publisher;
+use super::publish::{Publisher, Written};
 use super::shim::{LEFTOVERS, Patience};
 use super::snapshot::Snapshots;
 use super::status::{Trouble, is_image, report};
@@ -95,6 +95,8 @@ pub struct Shared {
     pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
     /// Whether the node is being drained; `None` before its BotNode was seen, when no bot may be started.
     pub draining: tokio::sync::watch::Receiver<Option<bool>>,
+    /// How often the cluster was restored from a backup while this agent ran.
+    pub went_back: tokio::sync::watch::Receiver<u64>,
     /// The node's snapshotter.
     pub default_snapshotter: String,
     /// When the agent began.
@@ -108,6 +110,11 @@ pub struct Shared {
 }
 
 impl Shared {
+    /// How often the cluster went back.
+    pub fn era(&self) -> u64 {
+        *self.went_back.borrow()
+    }
+
     /// Wakes the loops of others, who have something to look at.
     pub async fn nudge(&self, whom: Nudge) {
         // Nobody listens any more only where the agent ends.
@@ -289,7 +296,7 @@ struct BotLoop {
     /// When the bot left its last settled state.
     busy_since: Option<Instant>,
     /// The newest object that a write of ours gave back.
-    written: Option<Arc<BotContainer>>,
+    written: Option<Written<BotContainer>>,
     /// How often in a row its status could not be written.
     unwritten: u32,
     /// When that is tried again.
@@ -491,10 +498,7 @@ impl BotLoop {
         if seen.metadata.uid.as_deref() != Some(self.bot.uid.as_str()) {
             return None;
         }
-        match &self.written {
-            Some(written) if version(written) > version(&seen) => Some(written.clone()),
-            _ => Some(seen),
-        }
+        Some(Written::or(self.written.as_ref(), seen, self.shared.era()))
     }
 
     fn desired(&self, bot: &BotContainer) -> Result<Desired, Unusable> {
@@ -626,7 +630,7 @@ impl BotLoop {
                     }
                     self.shared.publisher.event(&live, kind, reason, note).await;
                 }
-                self.written = Some(Arc::new(newest));
+                self.written = Some(Written { object: Arc::new(newest), era: self.shared.era() });
             }
             Ok(None) => self.unwritten = 0,
             Err(error) => {
@@ -720,11 +724,6 @@ fn news(
         news.push((EventType::Warning, reason, message));
     }
     news
-}
-
-/// One that is no number counts as oldest.
-fn version(bot: &BotContainer) -> i64 {
-    resource_version(&bot.metadata).unwrap_or(0)
 }
 
 /// The same wait, up to a tenth longer, so that many bots do not come at once.

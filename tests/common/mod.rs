@@ -157,6 +157,33 @@ impl Cluster {
         run(hack_cluster("up", &self.dir).args(["--berth", BERTH]));
     }
 
+    /// Keeps what etcd holds, as a backup of it would. A cluster of a test's own.
+    pub async fn back_up(&self) {
+        self.stop_servers().await;
+        run(Command::new("cp").arg("--archive").arg(self.dir.join("etcd")).arg(self.dir.join("etcd.kept")));
+        self.up_again();
+    }
+
+    /// Back to the backup; all that came after it never was.
+    pub async fn restore(&self) {
+        self.stop_servers().await;
+        std::fs::remove_dir_all(self.dir.join("etcd")).unwrap();
+        std::fs::rename(self.dir.join("etcd.kept"), self.dir.join("etcd")).unwrap();
+        self.up_again();
+    }
+
+    async fn stop_servers(&self) {
+        for part in ["kube-apiserver", "etcd"] {
+            let pid = self.pid(part);
+            kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
+            wait_for(format!("{part} gone"), SOON, || async {
+                let lives = Path::new(&format!("/proc/{pid}/exe")).exists();
+                if lives { Err(format!("{pid} lives")) } else { Ok(()) }
+            })
+            .await;
+        }
+    }
+
     /// Stops and removes everything.
     pub fn down(&self) {
         run(&mut hack_cluster("down", &self.dir));

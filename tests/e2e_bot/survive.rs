@@ -151,3 +151,43 @@ async fn containerd_is_killed_and_comes_back_and_bots_run_on() {
     assert_eq!(life(pid(&resumed)), before.1);
     stage.edited("web", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
 }
+
+/// A watch goes on from a version that is not yet again, and tells nothing; an answer to an own write looks newer than what is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_restored_from_yesterdays_backup_counts() {
+    let alone = Alone::start();
+    Controller::shared(alone.cluster);
+    let stage = Stage::on(alone.cluster, "restored", &[]).await;
+    stage.runs(bot("stops")).await;
+    stage.ready(bot("starts").stopped()).await;
+    alone.cluster.back_up().await;
+    stage.runs(bot("stops")).await;
+    stage.edited("stops", json!({"operatingMode": "Stopped"}), Phase::Stopped).await;
+    stage.edited("starts", json!({"operatingMode": "Running"}), Phase::Running).await;
+    stage.runs(bot("never-was")).await;
+    // Far enough for no version to be given again soon.
+    for i in 0..30 {
+        stage.ns.apply(bot("stops").on(stage.agent.node()).stopped().env("N", &i.to_string())).await;
+    }
+    alone.cluster.restore().await;
+    // As it was yesterday.
+    wait_for("yesterday's states", SOON, || async {
+        let of = async |name: &str| {
+            let bot = stage.ns.bots().get(name).await.map_err(|error| error.to_string())?;
+            let status = bot.status.clone().unwrap_or_default();
+            let task = status.task.as_ref().and_then(|task| u32::try_from(task.pid).ok());
+            Ok::<_, String>((status.phase, task.is_some_and(alive), summary(&bot)))
+        };
+        let (stops, starts) = (of("stops").await?, of("starts").await?);
+        let right = stops.0 == Some(Phase::Running) && stops.1 && starts.0 == Some(Phase::Stopped) && !starts.1;
+        if right { Ok(()) } else { Err(format!("{} / {}", stops.2, starts.2)) }
+    })
+    .await;
+    page(&stage.ns.ready("stops", SOON).await).await;
+    // What was made since has no object any more: it is an orphan, and goes as one.
+    wait_for("the bot that never was gone", SOON * 3, || async {
+        let left = stage.agent.ctr(["tasks", "list", "-q"]);
+        if left.lines().count() == 1 { Ok(()) } else { Err(left) }
+    })
+    .await;
+}

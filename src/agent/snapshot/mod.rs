@@ -33,12 +33,13 @@ use tokio::time::{Instant, sleep_until};
 use crate::api::bot_snapshot::{Export, SnapshotPhase};
 use crate::api::condition::{Reason, chain};
 use crate::api::ids::BotUid;
-use crate::api::{BotContainer, BotSnapshot, resource_version};
+use crate::api::{BotContainer, BotSnapshot};
 use crate::image::ExportError;
 
 use super::desired::{Keep, Rollback, desired};
 use super::labels;
 use super::observe::Observed;
+use super::publish::Written;
 use super::run::{Shared, Trigger, instant, jittered};
 use super::version::{Version, VersionError};
 
@@ -199,7 +200,7 @@ struct Taker {
     name: String,
     trigger: Arc<Trigger>,
     /// The newest object that a write of ours gave back.
-    written: Option<Arc<BotSnapshot>>,
+    written: Option<Written<BotSnapshot>>,
     failures: u32,
     /// The last error of a step that is tried again.
     error: Option<String>,
@@ -364,11 +365,7 @@ impl Taker {
         if seen.metadata.uid.as_ref() != Some(&self.uid) {
             return None;
         }
-        let version = |snapshot: &BotSnapshot| resource_version(&snapshot.metadata);
-        match &self.written {
-            Some(written) if version(written) > version(&seen).or(Some(0)) => Some(written.clone()),
-            _ => Some(seen),
-        }
+        Some(Written::or(self.written.as_ref(), seen, self.shared.era()))
     }
 
     /// Whether the facts of its taking are there: where they are lost, what was said of them stands.
@@ -517,7 +514,7 @@ impl Taker {
         let generation = snapshot.metadata.generation;
         let status = report(generation, &name, &verdict, taken.as_ref(), live.status.as_ref(), Timestamp::now());
         match self.shared.publisher.snapshot_status(&live, &status).await {
-            Ok(Some(newest)) => self.written = Some(Arc::new(newest)),
+            Ok(Some(newest)) => self.written = Some(Written { object: Arc::new(newest), era: self.shared.era() }),
             Ok(None) => {}
             Err(error) => {
                 tracing::warn!(snapshot = %self.name, namespace = %self.namespace, error = %chain(&error), "status not written");
