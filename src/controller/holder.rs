@@ -148,7 +148,9 @@ pub fn decide(view: &View, on_cordon: bool) -> Plan {
         };
     }
     match (wanted, holder) {
-        (Some(_), _) if evicted || *cordoned && on_cordon => Plan::Drain(true),
+        // Also when the last bot went in between: the Pod ends by the word that the node is drained.
+        _ if evicted => Plan::Drain(true),
+        (Some(_), _) if *cordoned && on_cordon => Plan::Drain(true),
         (None, _) if there.is_some() => Plan::Remove,
         (Some(wanted), None) => Plan::Create(*wanted),
         (Some(_), Some(Seen { failed: Some(_), ends: false, .. })) => Plan::Replace,
@@ -329,7 +331,7 @@ mod tests {
             ("a bot came while our own removal is under way", view(bots, Some(ending(false))), Plan::Rest),
             ("deleted by hand, or with its namespace", view(bots, Some(ending(false))), Plan::Rest),
             ("evicted", view(bots, Some(ending(true))), Plan::Drain(true)),
-            ("evicted with no bots left", view(none, Some(ending(true))), Plan::Rest),
+            ("evicted with no bots left", view(none, Some(ending(true))), Plan::Drain(true)),
             ("draining", drained(Some(ending(true)), true), Plan::Rest),
             ("drained and cordoned", drained(None, true), Plan::Rest),
             ("uncordoned while it drains", drained(Some(ending(true)), false), Plan::Rest),
