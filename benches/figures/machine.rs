@@ -112,6 +112,26 @@ pub fn parts(run: &Path, binary: &Path) -> anyhow::Result<BTreeMap<u32, Part>> {
     Ok(parts)
 }
 
+/// What containerd's shims of a namespace and Pods' sandboxes have in memory, bytes.
+pub fn shims(namespace: &str) -> anyhow::Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = words.split(|byte| *byte == 0).collect();
+        let shim = words[0].ends_with(b"containerd-shim-runc-v2")
+            && words.windows(2).any(|pair| pair == [b"-namespace".as_slice(), namespace.as_bytes()]);
+        // As hack/cluster makes the sandboxes' image.
+        let sandbox = namespace == "k8s.io" && words.starts_with(&[b"/bin/sleep".as_slice(), b"infinity"]);
+        if shim || sandbox {
+            // It may end while it is looked at.
+            bytes += pss(pid).unwrap_or(0);
+        }
+    }
+    anyhow::ensure!(bytes > 0, "no shim of namespace {namespace} was found");
+    Ok(bytes)
+}
+
 /// Proportional set size of a process, bytes: its own memory, and its share of what it shares.
 pub fn pss(pid: u32) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");

@@ -4,6 +4,7 @@
 //! bots.rs     ours: apply, and a watch that says when      server.rs   writes, as the API server counts them
 //! versions.rs ours: freezes, rollbacks, what is kept
 //! mirror.rs   ours: rows in PostgreSQL
+//! pods.rs     another peer: Pods on the same node, in a second cluster of the same run
 //! ctr.rs      the peer: `ctr` on the same containerd       machine.rs  processes and machine, as the kernel tells
 //! report.rs   percentiles, the table, report.json
 //! ```
@@ -16,6 +17,7 @@ mod bots;
 mod ctr;
 mod machine;
 mod mirror;
+mod pods;
 mod report;
 mod server;
 mod versions;
@@ -85,9 +87,10 @@ impl Place {
 }
 
 /// The groups of figures.
-const GROUPS: [&str; 7] = ["lives", "bursts", "writes", "rest", "freezes", "keeps", "mirror"];
+const GROUPS: [&str; 8] = ["lives", "bursts", "writes", "rest", "freezes", "keeps", "mirror", "pods"];
 
-/// What of them is measured: those that the command line names, else all.
+/// What of them is measured: those that the command line names, else all but `pods`, which need a kubelet: its own writes would be
+/// counted as ours at rest. `hack/bench` runs those after the others, on a cluster with one.
 struct Asked(Vec<String>);
 
 impl Asked {
@@ -101,7 +104,11 @@ impl Asked {
     }
 
     fn has(&self, group: &str) -> bool {
-        self.0.is_empty() || self.0.iter().any(|named| named == group)
+        self.0.is_empty() && group != "pods" || self.names(group)
+    }
+
+    fn names(&self, group: &str) -> bool {
+        self.0.iter().any(|named| named == group)
     }
 }
 
@@ -144,9 +151,13 @@ async fn main() -> anyhow::Result<()> {
         figures.extend(mirror::figures(&Mirror::new(&place, "mirror")?).await?);
     }
 
+    if asked.has("pods") {
+        figures.extend(pods::figures(&place.client, &bots, namespace, &place.image).await?);
+    }
+
     let machine = machine.ended()?;
     let path = place.dir.join("report.json");
-    report::write(&path, &figures, &machine)?;
+    report::write(&path, &figures, &machine, std::env::var_os("BERTH_BENCH_MORE").is_some())?;
     println!("{}\n\n{}\n{}", machine.describe(), report::table(&figures), path.display());
     Ok(())
 }

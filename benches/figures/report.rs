@@ -137,9 +137,15 @@ struct Entry<'a> {
     run: &'a Machine,
 }
 
-/// Writes the list that DESIGN.md promises.
-pub fn write(path: &Path, figures: &[Figure], run: &Machine) -> anyhow::Result<()> {
-    let entries: Vec<Entry<'_>> = figures.iter().map(|figure| Entry { figure, run }).collect();
+/// Writes the list that DESIGN.md promises; `more`: behind what is there already.
+pub fn write(path: &Path, figures: &[Figure], run: &Machine, more: bool) -> anyhow::Result<()> {
+    let mut entries: Vec<serde_json::Value> = match more {
+        true => serde_json::from_str(&std::fs::read_to_string(path)?)?,
+        false => Vec::new(),
+    };
+    for figure in figures {
+        entries.push(serde_json::to_value(Entry { figure, run })?);
+    }
     let text = serde_json::to_string_pretty(&entries)?;
     std::fs::write(path, text + "\n").with_context(|| format!("can't write {}", path.display()))
 }
