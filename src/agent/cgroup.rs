@@ -143,13 +143,8 @@ impl Cgroups {
                 let _ = std::fs::write(self.file("freezer", id, "freezer.state"), "THAWED");
             }
             let groups: Vec<PathBuf> = self.dirs(id).into_iter().flat_map(|dir| tree(&dir)).collect();
-            let killed: Vec<OwnedFd> = groups.iter().flat_map(|group| kill_in(group)).collect();
-            if killed.is_empty() {
+            if !kill_and_wait(&groups) {
                 return;
-            }
-            for process in &killed {
-                let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
-                let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
             }
         }
     }
@@ -165,10 +160,8 @@ impl Cgroups {
                 let _ = std::fs::write(group.join("freezer.state"), "THAWED");
             }
             for _ in 0..KILL_ROUNDS {
-                let killed: Vec<OwnedFd> = tree(&parent).iter().flat_map(|group| kill_in(group)).collect();
-                for process in &killed {
-                    let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
-                    let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
+                if !kill_and_wait(&tree(&parent)) {
+                    break;
                 }
             }
             for group in tree(&parent) {
@@ -209,6 +202,16 @@ fn tree(group: &Path) -> Vec<PathBuf> {
     }
     found.reverse();
     found
+}
+
+/// Kills every process in these groups, and waits a moment for each; whether there was any.
+fn kill_and_wait(groups: &[PathBuf]) -> bool {
+    let killed: Vec<OwnedFd> = groups.iter().flat_map(|group| kill_in(group)).collect();
+    for process in &killed {
+        let limit = Timespec { tv_sec: 1, tv_nsec: 0 };
+        let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&limit));
+    }
+    !killed.is_empty()
 }
 
 /// Kills what is in one cgroup. Each process is asked for again once its descriptor is held: the number alone may be

@@ -22,7 +22,7 @@ use rustix::mount::UnmountFlags;
 use super::args::AgentArgs;
 use super::cgroup::Cgroups;
 use super::node;
-use crate::containerd::{CallContext as _, CallFailed, Containerd};
+use crate::containerd::{CallContext as _, CallFailed, Containerd, gone};
 use crate::network::Network;
 
 /// How long a killed task may take to end.
@@ -200,14 +200,6 @@ fn children_first(layers: &[(String, String, String)]) -> Vec<(String, String)> 
     let mut sorted: Vec<_> = layers.iter().map(|layer| (depth(layer), layer.0.clone(), layer.1.clone())).collect();
     sorted.sort_by(|a, b| b.cmp(a));
     sorted.into_iter().map(|(_, snapshotter, key)| (snapshotter, key)).collect()
-}
-
-/// Deletion of what is gone already is done.
-fn gone<T>(done: Result<T, CallFailed>) -> Result<(), CallFailed> {
-    match done {
-        Err(error) if error.is_not_found() => Ok(()),
-        done => done.map(drop),
-    }
 }
 
 /// Unmounts what is mounted below a folder, the last mount first.

@@ -80,6 +80,14 @@ impl CallFailed {
     }
 }
 
+/// Deletion of what is gone already is done.
+pub fn gone<T>(result: Result<T, CallFailed>) -> Result<(), CallFailed> {
+    match result {
+        Err(error) if error.is_not_found() => Ok(()),
+        done => done.map(drop),
+    }
+}
+
 /// Adds to a gRPC answer which call it belongs to.
 pub trait CallContext<T> {
     /// Names the call and its object.

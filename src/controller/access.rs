@@ -158,7 +158,7 @@ fn ends(error: &Error) -> bool {
 /// A deletion of what is gone already is done.
 fn gone<T>(done: Result<T, Error>) -> Result<(), Error> {
     match done {
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         done => done.map(drop),
     }
 }
@@ -186,7 +186,7 @@ pub async fn ensure_account(context: &Context, node: &BotNode) -> Result<(), Err
     let api: Api<ServiceAccount> = Api::namespaced(context.client.clone(), NODES_NAMESPACE);
     match context.write("making", &object, api.create(&PostParams::default(), &account)).await {
         // Made before, by us or a leader before us.
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
+        Err(error) if error.is_there_already() => Ok(()),
         done => done.map(drop),
     }
 }

@@ -105,6 +105,16 @@ impl Error {
         }
     }
 
+    /// Whether the API server said that the object is not there: of a deletion, that it is done.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Conflict { source, .. } if matches!(&**source, kube::Error::Api(s) if s.code == 404))
+    }
+
+    /// Whether it said 409: of a creation, that it was done before, by us or a leader before us.
+    pub fn is_there_already(&self) -> bool {
+        matches!(self, Self::Conflict { source, .. } if matches!(&**source, kube::Error::Api(s) if s.code == 409))
+    }
+
     /// Whether the same call may succeed later with nothing changed by a person.
     pub fn retryable(&self) -> bool {
         match self {

@@ -29,7 +29,7 @@ where
     let left = object.finalizers().iter().filter(|f| *f != finalizer).cloned().collect();
     match write(context, object, left).await {
         // Somebody was quicker, and it is gone.
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         done => done.map(drop),
     }
 }

@@ -234,7 +234,7 @@ pub async fn reconcile(context: &Context, node: &str) -> Result<Next, Error> {
                 .map_err(|error| Error::call("making", &*object, kube::Error::SerdeError(error)))?;
             match context.write("making", &object, api.create(&PostParams::default(), &made)).await {
                 // Made before, by us or a leader before us.
-                Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => {}
+                Err(error) if error.is_there_already() => {}
                 done => drop(context.world().saw_holder(node, Seen::of(&done?))),
             }
         }
@@ -291,7 +291,7 @@ pub async fn reconcile(context: &Context, node: &str) -> Result<Next, Error> {
 async fn remove(context: &Context, api: &Api<Pod>, node: &str, object: &str) -> Result<(), Error> {
     let params = DeleteParams { grace_period_seconds: Some(GRACE), ..DeleteParams::default() };
     match context.write("removing", object, api.delete(node, &params)).await {
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 404) => Ok(()),
+        Err(error) if error.is_gone() => Ok(()),
         done => done.map(drop),
     }
 }

@@ -522,9 +522,7 @@ pub async fn ensure(context: &Context, bot: &BotContainer, cause: &Cause) -> Res
             Ok(Ensured::NamespaceEnds)
         }
         // Made before, by us or a leader before us.
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => {
-            Ok(Ensured::Is)
-        }
+        Err(error) if error.is_there_already() => Ok(Ensured::Is),
         Err(error) => Err(error),
     }
 }
@@ -551,7 +549,7 @@ pub async fn adopt(context: &Context, name: &Name, of: &Adopted) -> Result<(), E
             keep(context, snapshot);
             Ok(())
         }
-        Err(Error::Conflict { source, .. }) if matches!(&*source, kube::Error::Api(s) if s.code == 409) => Ok(()),
+        Err(error) if error.is_there_already() => Ok(()),
         Err(error) => Err(error),
     }
 }

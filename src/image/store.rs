@@ -31,7 +31,7 @@ use tonic::{Code, Request, Streaming};
 
 use super::manifest::Descriptor;
 use super::reference::Digest;
-use crate::containerd::{CallContext as _, CallFailed, Containerd, LeaseId};
+use crate::containerd::{CallContext as _, CallFailed, Containerd, LeaseId, gone};
 
 /// On image records and snapshots that are ours to collect.
 pub(crate) const OURS: &str = "berth.dev/image";
@@ -98,10 +98,6 @@ fn found<T>(result: Result<T, CallFailed>) -> Result<Option<T>, CallFailed> {
         Err(e) if e.is_not_found() => Ok(None),
         Err(e) => Err(e),
     }
-}
-
-fn gone<T>(result: Result<T, CallFailed>) -> Result<(), CallFailed> {
-    found(result).map(drop)
 }
 
 impl Store {
