@@ -392,6 +392,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
                 }
                 Some(Err(error)) => {
                     metrics.api_error("watch");
+                    registration.watch_broke();
                     tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew");
                 }
                 None => break Err(anyhow::anyhow!("the watch of BotContainers ended")),
@@ -421,6 +422,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
                 }
                 Some(Err(error)) => {
                     metrics.api_error("watch");
+                    registration.watch_broke();
                     tracing::warn!(error = %chain(&error), "the watch of BotSnapshots failed; it is made anew");
                 }
                 None => break Err(anyhow::anyhow!("the watch of BotSnapshots ended")),

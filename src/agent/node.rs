@@ -88,7 +88,9 @@ pub struct Registration {
     metrics: Metrics,
     /// The newest resourceVersion of our Lease.
     renewed: AtomicI64,
-    /// How often the cluster was found to have gone back.
+    /// How often a watch broke.
+    broke: watch::Sender<u64>,
+    /// How often the cluster went back, or may have.
     went_back: watch::Sender<u64>,
 }
 
@@ -102,14 +104,20 @@ impl Registration {
         orphans: watch::Receiver<Option<Vec<OrphanedLayer>>>,
         metrics: Metrics,
     ) -> Self {
-        let (renewed, (went_back, _)) = (AtomicI64::new(0), watch::channel(0));
-        Self { client, containerd, facts, room, orphans, metrics, renewed, went_back }
+        let (renewed, (broke, _), (went_back, _)) = (AtomicI64::new(0), watch::channel(0), watch::channel(0));
+        Self { client, containerd, facts, room, orphans, metrics, renewed, broke, went_back }
     }
 
-    /// Changes when the cluster was restored from a backup: a watch goes on from a version that is not yet again, and tells
-    /// nothing of what changed by that. Whoever watches has to begin anew.
+    /// Changes when the cluster was restored from a backup, or may have been: a watch goes on from a version that is not yet again,
+    /// or is another's, and tells nothing of what changed by that. Whoever watches has to begin anew.
     pub fn went_back(&self) -> watch::Receiver<u64> {
         self.went_back.subscribe()
+    }
+
+    /// Takes in that a watch broke. No cluster is restored without that, and our Lease tells of it only where we renewed it since the
+    /// backup, so watches are not trusted to go on: with the next renewal they begin anew, which costs a list of our own bots.
+    pub fn watch_broke(&self) {
+        self.broke.send_modify(|times| *times += 1);
     }
 
     /// Takes in our Lease as it is now; nobody but us writes it, so its version only ever grows.
@@ -278,7 +286,9 @@ impl Registration {
     /// runs out, and bots run on.
     pub async fn keep(&self, ready: watch::Sender<bool>, stop: CancellationToken) {
         let (mut room, mut orphans) = (self.room.clone(), self.orphans.clone());
+        let mut settled = 0;
         loop {
+            let so_often = *self.broke.borrow();
             // The status first: a fresh Lease says that what the BotNode claims holds.
             let done = match self.publish().await {
                 Ok(()) => self.renew().await,
@@ -287,6 +297,9 @@ impl Registration {
             let wait = match done {
                 Ok(()) => {
                     ready.send_replace(true);
+                    if so_often != std::mem::replace(&mut settled, so_often) {
+                        self.went_back.send_modify(|times| *times += 1);
+                    }
                     RENEW_EVERY
                 }
                 Err(error) => {
@@ -345,6 +358,7 @@ impl Registration {
                     }
                 }
                 Some(Err(error)) => {
+                    self.watch_broke();
                     self.metrics.api_error("watch node");
                     tracing::warn!(error = %chain(&error), "the watch of the BotNode failed");
                 }

@@ -95,7 +95,7 @@ pub struct Shared {
     pub cidr: tokio::sync::watch::Receiver<Option<Cidr>>,
     /// Whether the node is being drained; `None` before its BotNode was seen, when no bot may be started.
     pub draining: tokio::sync::watch::Receiver<Option<bool>>,
-    /// How often the cluster was restored from a backup while this agent ran.
+    /// How often the cluster was restored from a backup while this agent ran, or may have been.
     pub went_back: tokio::sync::watch::Receiver<u64>,
     /// The node's snapshotter.
     pub default_snapshotter: String,
@@ -110,7 +110,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// How often the cluster went back.
+    /// How often the cluster went back, or may have.
     pub fn era(&self) -> u64 {
         *self.went_back.borrow()
     }

@@ -894,6 +894,8 @@ impl World {
         if self.lawful && begun {
             assert!(self.termed, "killed without having been asked: {:#?}", self.trace);
         }
+        // An attempt that was marked and cut off before its start has not run.
+        self.may_run_again |= self.observed.task == Task::Created;
         match self.observed.task {
             Task::Unknown => return Err(Ended::Failed("kill: no answer")),
             Task::Paused { .. } if self.habits.freezer_v1 => self.doomed = true,
