@@ -44,7 +44,7 @@ use berth::api::{BotContainer, BotContainerSpec, BotSnapshot};
 use k8s_openapi::api::core::v1::{EnvVar, Namespace as KubeNamespace};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -141,9 +141,10 @@ impl Cluster {
         Self::up(std::env::temp_dir().join(format!("berth-{}", unique())), &[], true)
     }
 
-    /// One of a test's own with a kubelet, a scheduler and all of Kubernetes' controllers, and nothing of Berth's.
-    pub fn with_kubelet(node: &str) -> Self {
-        Self::up(std::env::temp_dir().join(format!("berth-{}", unique())), &["--kubelet", node], true)
+    /// One of a test's own with kubelets, a scheduler and all of Kubernetes' controllers, and nothing of Berth's.
+    pub fn with_kubelets(nodes: &[&str]) -> Self {
+        let options: Vec<&str> = nodes.iter().flat_map(|node| ["--kubelet", node]).collect();
+        Self::up(std::env::temp_dir().join(format!("berth-{}", unique())), &options, true)
     }
 
     fn up(dir: PathBuf, options: &[&str], temporary: bool) -> Self {
@@ -247,6 +248,13 @@ impl Cluster {
         Leaks::parse(&run(&mut self.command(repository().join("hack/leaks"))))
     }
 
+    /// The client of whoever has this token.
+    pub async fn client_with(&self, token: &str) -> kube::Client {
+        let mut config = config(Path::new(self.env("KUBECONFIG"))).await;
+        config.auth_info = AuthInfo { token: Some(token.to_owned().into()), ..AuthInfo::default() };
+        kube::Client::try_from(config).unwrap()
+    }
+
     /// An account's client, from a kubeconfig below the cluster's folder.
     pub async fn client_of(&self, kubeconfig: &str) -> kube::Client {
         client(&self.dir.join(kubeconfig)).await
@@ -279,6 +287,18 @@ pub fn hack_cluster(verb: &str, dir: &Path) -> Command {
     let mut command = Command::new(repository().join("hack/cluster"));
     command.arg(verb).arg(dir).stdin(Stdio::null());
     command
+}
+
+/// Pids of a part and of all that it has started, by the mark that they have from it.
+pub fn marked(dir: &Path, part: &str) -> Vec<u32> {
+    let mark = format!("BERTH_PART={}:{part}", dir.display());
+    let pids =
+        std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &u32| {
+        let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environ.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes())
+    })
+    .collect()
 }
 
 fn keep() -> bool {
