@@ -39,9 +39,11 @@ use super::status::{Trouble, is_image, report};
 use super::step::Step;
 use super::sweep::Orphan;
 
-/// How long a bot may be on its way before its status says so: most starts and stops are over by then, and a status that
-/// holds for a moment is a write too many.
-const TELL_AFTER: Duration = Duration::from_millis(700);
+/// How long a bot may be on its way before its status says so: most starts and stops are over by then, those of a burst too, and a
+/// status that holds for a moment is a write too many. On an API server that is busy such writes are what slows down the next bot.
+const TELL_AFTER: Duration = Duration::from_secs(2);
+/// How often at most it is told where else the bot has come on that way.
+const TELL_AGAIN: Duration = Duration::from_secs(5);
 
 /// A settled bot is looked at again after this, whatever happens: a lost event costs time, never truth.
 const RESYNC: Duration = Duration::from_secs(300);
@@ -288,13 +290,28 @@ struct Retry {
     at: Instant,
 }
 
+/// The way of a bot from one settled state to the next.
+#[derive(Clone, Copy)]
+struct Way {
+    since: Instant,
+    /// When its status is to say where it is.
+    tell_at: Instant,
+}
+
+impl Way {
+    fn begin() -> Self {
+        let since = Instant::now();
+        Self { since, tell_at: since + TELL_AFTER }
+    }
+}
+
 struct BotLoop {
     shared: Arc<Shared>,
     bot: Bot,
     trigger: Arc<Trigger>,
     retry: Option<Retry>,
-    /// When the bot left its last settled state.
-    busy_since: Option<Instant>,
+    /// Set while the bot is on one.
+    way: Option<Way>,
     /// The newest object that a write of ours gave back.
     written: Option<Written<BotContainer>>,
     /// How often in a row its status could not be written.
@@ -326,7 +343,7 @@ impl BotLoop {
             bot,
             trigger,
             retry: None,
-            busy_since: None,
+            way: None,
             written: None,
             unwritten: 0,
             rewrite_at: None,
@@ -418,14 +435,14 @@ impl BotLoop {
                         self.tell(&bot, &desired, &observed, &next).await;
                         return Pass::Wait(Some(at));
                     }
-                    let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
-                    match self.step(*step, &bot, &desired, &observed, &next, busy_since).await {
+                    let tell_at = self.way.get_or_insert_with(Way::begin).tell_at;
+                    match self.step(*step, &bot, &desired, &observed, &next).await {
                         // Nothing tells when containerd is done with it, so it is asked.
                         Ok(()) if *step == Step::PutAway => {
                             self.patience.done();
                             self.retry.take_if(|retry| retry.trouble.step == *step);
-                            if busy_since.elapsed() > TELL_AFTER {
-                                self.tell(&bot, &desired, &observed, &next).await;
+                            if tell_at < Instant::now() {
+                                self.tell_of_way(&bot, &desired, &observed, &next).await;
                             }
                             return Pass::Wait(Some(Instant::now() + LOOK_AGAIN));
                         }
@@ -475,14 +492,13 @@ impl BotLoop {
                     if passing {
                         // No success: it may be on the way from a failed step to its next try, which stays failed.
                         // Most processes end at once: their status goes from Running to Stopped in one write.
-                        let busy_since = *self.busy_since.get_or_insert_with(Instant::now);
-                        let tell_at = busy_since + TELL_AFTER;
+                        let tell_at = self.way.get_or_insert_with(Way::begin).tell_at;
                         if Instant::now() < tell_at {
                             return Pass::Wait(Some(until.map_or(tell_at, |until| tell_at.min(instant(until)))));
                         }
                     } else {
                         self.retry = None;
-                        self.busy_since = None;
+                        self.way = None;
                     }
                     self.tell(&bot, &desired, &observed, &next).await;
                     return Pass::Wait(until.map(instant));
@@ -541,8 +557,8 @@ impl BotLoop {
         desired: &Desired,
         observed: &Observed,
         next: &Next,
-        busy_since: Instant,
     ) -> Result<(), Failed> {
+        let way = *self.way.get_or_insert_with(Way::begin);
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
@@ -567,12 +583,12 @@ impl BotLoop {
             done
         };
         tokio::pin!(act);
-        let mut told = false;
+        let mut tell_at = way.tell_at;
         let abortable = matches!(step, Step::Prepare(_) | Step::CopyAside);
         loop {
             tokio::select! {
                 done = &mut act => {
-                    let took = busy_since.elapsed();
+                    let took = way.since.elapsed();
                     tracing::debug!(bot = %self.bot.name, %step, ok = done.is_ok(), since_busy = ?took, "step");
                     return done.map_err(|error| Failed::Step(Failure::of(&error)));
                 }
@@ -583,10 +599,7 @@ impl BotLoop {
                         return Err(Failed::Aborted);
                     }
                 }
-                () = sleep_until(busy_since + TELL_AFTER), if !told => {
-                    told = true;
-                    self.tell(bot, desired, observed, next).await;
-                }
+                () = sleep_until(tell_at) => tell_at = self.tell_of_way(bot, desired, observed, next).await,
             }
         }
     }
@@ -600,6 +613,20 @@ impl BotLoop {
             },
             Err(_) => true,
         }
+    }
+
+    /// Says where a bot is on its way; when that is to be said again.
+    async fn tell_of_way(
+        &mut self,
+        bot: &Arc<BotContainer>,
+        desired: &Desired,
+        observed: &Observed,
+        next: &Next,
+    ) -> Instant {
+        self.tell(bot, desired, observed, next).await;
+        let again = Instant::now() + TELL_AGAIN;
+        self.way.get_or_insert_with(Way::begin).tell_at = again;
+        again
     }
 
     /// Brings the object's status up to what was observed, and tells people of what they want to know.
