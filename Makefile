@@ -1,7 +1,8 @@
 # What people run. `make help` lists it. The work is in hack/, tests/ and Cargo.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-export PATH := $(PATH):$(HOME)/.cargo/bin
+# Once only: cargo builds anew what a C compiler has part in where PATH differs.
+export PATH := $(PATH)$(if $(findstring :$(HOME)/.cargo/bin:,:$(PATH):),,:$(HOME)/.cargo/bin)
 
 # Where `make test` keeps its cluster.
 TEST_CLUSTER := target/test-cluster
