@@ -92,8 +92,11 @@ fn down_leaves_no_process_mount_port_or_folder_even_after_a_crash() {
     sleeper(&cluster, "other", "elsewhere");
     cluster.ctr("berth", ["tasks", "pause", "frozen"]);
     let state = cluster.dir().join("containerd/state/io.containerd.runtime.v2.task");
-    let shim = std::fs::read_to_string(state.join("berth/frozen/address")).unwrap();
-    let shim = Path::new(shim.strip_prefix("unix://").unwrap()).to_owned();
+    // containerd 1 writes the address alone, containerd 2 JSON that has it.
+    let told = ["address", "bootstrap.json"].map(|file| std::fs::read_to_string(state.join("berth/frozen").join(file)));
+    let told = told.into_iter().flatten().next().expect("where the shim listens");
+    let shim = told.split("unix://").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
+    let shim = Path::new(shim.trim_end()).to_owned();
     assert!(shim.exists() && !mounts_of(cluster.dir()).is_empty(), "there is something to take down");
 
     // What a test that was killed leaves: a part without a pid file.

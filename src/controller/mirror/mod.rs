@@ -264,7 +264,13 @@ async fn migrate(url: &DatabaseUrl) -> Result<(), Error> {
     let mut migrations = sqlx::migrate!("./migrations");
     // What a newer controller did is only more, and is left as it is.
     migrations.set_ignore_missing(true).dangerous_set_table_name("berth_migrations");
-    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CALL).connect_lazy_with(url.0.clone());
+    // That its own table is there already is what PostgreSQL would tell each time.
+    let quiet = "SET client_min_messages = warning";
+    let pool = PgPoolOptions::new()
+        .max_connections(1)
+        .acquire_timeout(CALL)
+        .after_connect(move |conn, _| Box::pin(async move { conn.execute(quiet).await.map(drop) }))
+        .connect_lazy_with(url.0.clone());
     let done = migrations.run(&pool).await.map_err(Error::of_migration);
     pool.close().await;
     done
