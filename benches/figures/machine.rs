@@ -132,6 +132,22 @@ pub fn shims(namespace: &str) -> anyhow::Result<u64> {
     Ok(bytes)
 }
 
+/// Ends a part of the cluster, which is started again by nobody.
+pub async fn end_part(name: &str) -> anyhow::Result<()> {
+    let run = std::env::var("BERTH_RUN").context("BERTH_RUN is not set; run `make bench`")?;
+    let path = format!("{run}/{name}.pid");
+    let pid = fs::read_to_string(&path).with_context(|| format!("can't read {path}"))?.trim().to_owned();
+    let done = std::process::Command::new("kill").args(["-TERM", &pid]).status()?;
+    anyhow::ensure!(done.success(), "can't end {name}, process {pid}");
+    for _ in 0..300 {
+        if !fs::exists(format!("/proc/{pid}"))? {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    anyhow::bail!("{name}, process {pid}, has not ended within 30 s")
+}
+
 /// Proportional set size of a process, bytes: its own memory, and its share of what it shares.
 pub fn pss(pid: u32) -> anyhow::Result<u64> {
     let path = format!("/proc/{pid}/smaps_rollup");
