@@ -632,6 +632,42 @@ async fn what_happened_while_nobody_looked_is_counted() {
     database.gives("SELECT payload ->> 'count' FROM lifecycle_events WHERE event_type = 'lost'", &["41"]).await;
 }
 
+/// Order is that of the numbers; a time is what a clock said, and clocks of nodes are set back and start at 1970.
+#[tokio::test(flavor = "multi_thread")]
+async fn clocks_that_jump_change_no_order_and_lose_nothing() {
+    let scene = Scene::new().await;
+    let (cluster, database) = (&scene.cluster, &scene.database);
+    let controller = scene.controller().await;
+    let _agent = cluster.agent(NODE, room()).await;
+    scene.bot("web", json!({})).await;
+    let times = [
+        "2026-11-24T12:00:00Z",
+        "2026-11-24T11:00:00Z",
+        "8999-12-31T23:59:59Z",
+        "1970-01-01T00:00:00Z",
+        "0001-01-01T00:00:00Z",
+    ];
+    let happened = |to: usize| -> Vec<Value> {
+        let at = |(i, at): (usize, &&str)| json!({"seq": i + 1, "type": "started", "at": at});
+        times[..to].iter().enumerate().map(at).collect()
+    };
+    let told = "SELECT extract(year FROM created_at AT TIME ZONE 'UTC')::text FROM lifecycle_events ORDER BY seq";
+    for to in 1..=times.len() {
+        scene.says_more("web", "Running", happened(to), "").await;
+        database.gives(told, &["2026", "2026", "8999", "1970", "1"][..to]).await;
+    }
+    // Whoever leads next has them as they are.
+    let before = scene.picture().await;
+    drop(controller);
+    let controller = scene.controller_at(database.port(), 1).await;
+    looked_twice(&controller).await;
+    assert_eq!(scene.picture().await, before);
+    // Its end comes last, though the controller's clock is behind the last that was told.
+    scene.vanish("web").await;
+    database.gives("SELECT event_type FROM lifecycle_events_history ORDER BY seq DESC LIMIT 1", &["deleted"]).await;
+    database.gives("SELECT count(*) FROM lifecycle_events_history WHERE superseded", &["0"]).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn any_text_that_the_api_server_takes_has_a_row() {
     let scene = Scene::new().await;
