@@ -1,7 +1,7 @@
 # What people run. `make help` lists it. The work is in hack/, tests/ and Cargo.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-# Once only: cargo builds anew what a C compiler has part in where PATH differs.
+# Once only: make calls scripts that see to it themselves.
 export PATH := $(PATH)$(if $(findstring :$(HOME)/.cargo/bin:,:$(PATH):),,:$(HOME)/.cargo/bin)
 
 # Where `make test` keeps its cluster.

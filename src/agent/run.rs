@@ -435,7 +435,7 @@ impl BotLoop {
                         self.tell(&bot, &desired, &observed, &next).await;
                         return Pass::Wait(Some(at));
                     }
-                    let tell_at = self.way.get_or_insert_with(Way::begin).tell_at;
+                    let tell_at = self.way().tell_at;
                     match self.step(*step, &bot, &desired, &observed, &next).await {
                         // Nothing tells when containerd is done with it, so it is asked.
                         Ok(()) if *step == Step::PutAway => {
@@ -492,7 +492,7 @@ impl BotLoop {
                     if passing {
                         // No success: it may be on the way from a failed step to its next try, which stays failed.
                         // Most processes end at once: their status goes from Running to Stopped in one write.
-                        let tell_at = self.way.get_or_insert_with(Way::begin).tell_at;
+                        let tell_at = self.way().tell_at;
                         if Instant::now() < tell_at {
                             return Pass::Wait(Some(until.map_or(tell_at, |until| tell_at.min(instant(until)))));
                         }
@@ -558,7 +558,7 @@ impl BotLoop {
         observed: &Observed,
         next: &Next,
     ) -> Result<(), Failed> {
-        let way = *self.way.get_or_insert_with(Way::begin);
+        let way = *self.way();
         let cidr = *self.shared.cidr.borrow();
         let shared = self.shared.clone();
         let failures = self.retry.as_ref().filter(|retry| retry.trouble.step == step).map_or(0, |retry| retry.attempts);
@@ -615,6 +615,11 @@ impl BotLoop {
         }
     }
 
+    /// The way that the bot is on; it begins now where it stood still.
+    fn way(&mut self) -> &mut Way {
+        self.way.get_or_insert_with(Way::begin)
+    }
+
     /// Says where a bot is on its way; when that is to be said again.
     async fn tell_of_way(
         &mut self,
@@ -625,7 +630,7 @@ impl BotLoop {
     ) -> Instant {
         self.tell(bot, desired, observed, next).await;
         let again = Instant::now() + TELL_AGAIN;
-        self.way.get_or_insert_with(Way::begin).tell_at = again;
+        self.way().tell_at = again;
         again
     }
 
