@@ -9,7 +9,7 @@ use berth::api::bot_node::{BotNode, BotNodeSpec};
 use berth::api::{
     BotContainer, BotRecord, BotSnapshot, BotSnapshotSpec, NODE_LEASE_NAMESPACE, NODES_NAMESPACE, SYSTEM_NAMESPACE,
 };
-use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace as KubeNamespace, Node, Pod, Secret, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
@@ -19,7 +19,7 @@ use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, P
 use kube::{Client, ResourceExt as _};
 use serde_json::{Value, json};
 
-use common::{Agent, Cluster, Controller, Namespace, SOON, bot, wait_for};
+use common::{Agent, Cluster, Controller, Namespace, SOON, bot, refused_or_invalid, token_request, wait_for};
 
 /// That the answer is 403 and nothing else.
 #[track_caller]
@@ -27,15 +27,6 @@ fn refused<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {
     match answer {
         Err(kube::Error::Api(status)) if status.code == 403 => {}
         other => panic!("{what}: expected 403, got {other:?}"),
-    }
-}
-
-/// The same where what the API server says first may be that no one may do that (422).
-#[track_caller]
-fn refused_or_invalid<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {
-    match answer {
-        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => {}
-        other => panic!("{what}: expected 403 or 422, got {other:?}"),
     }
 }
 
@@ -201,18 +192,6 @@ async fn an_agent_writes_no_other_nodes_botnode_or_lease() {
     refused("the leader's Lease", leader.list(&ListParams::default()).await);
 }
 
-fn token(node: Option<&str>, seconds: i64) -> TokenRequest {
-    let bound = node.map(|node| BoundObjectReference {
-        api_version: Some("v1".to_owned()),
-        kind: Some("Node".to_owned()),
-        name: Some(node.to_owned()),
-        uid: None,
-    });
-    let spec =
-        TokenRequestSpec { expiration_seconds: Some(seconds), bound_object_ref: bound, ..TokenRequestSpec::default() };
-    TokenRequest { spec: Some(spec), ..TokenRequest::default() }
-}
-
 /// The accounts that the controller would make.
 async fn accounts(scene: &Scene) {
     let api = Api::<ServiceAccount>::namespaced(scene.cluster.client().await, NODES_NAMESPACE);
@@ -231,17 +210,17 @@ async fn an_agent_gets_tokens_of_its_nodes_account_alone() {
     let asked = async |name: &str, request: TokenRequest| {
         api.create_token_request(name, &PostParams::default(), &request).await
     };
-    asked(ours, token(Some(ours), 3600)).await.unwrap();
-    refused("another's account", asked(other, token(Some(other), 3600)).await);
-    refused("another's account for our Node", asked(other, token(Some(ours), 3600)).await);
-    refused("our account for another's Node", asked(ours, token(Some(other), 3600)).await);
-    refused("a token that is bound to nothing", asked(ours, token(None, 3600)).await);
-    refused("a token for long", asked(ours, token(Some(ours), 7200)).await);
+    asked(ours, token_request(Some(ours), 3600)).await.unwrap();
+    refused("another's account", asked(other, token_request(Some(other), 3600)).await);
+    refused("another's account for our Node", asked(other, token_request(Some(ours), 3600)).await);
+    refused("our account for another's Node", asked(ours, token_request(Some(other), 3600)).await);
+    refused("a token that is bound to nothing", asked(ours, token_request(None, 3600)).await);
+    refused("a token for long", asked(ours, token_request(Some(ours), 7200)).await);
     for (namespace, name) in
         [(SYSTEM_NAMESPACE, "berth-controller"), (SYSTEM_NAMESPACE, "berth-agent"), (scene.ns.name(), "default")]
     {
         let api = Api::<ServiceAccount>::namespaced(scene.thief.clone(), namespace);
-        let done = api.create_token_request(name, &PostParams::default(), &token(Some(ours), 3600)).await;
+        let done = api.create_token_request(name, &PostParams::default(), &token_request(Some(ours), 3600)).await;
         refused(name, done);
     }
     let mine = object::<ServiceAccount>(json!({"metadata": {"name": "mine"}}));
@@ -276,7 +255,8 @@ async fn an_account_reads_what_bots_of_its_node_name() {
     let thief = agent.client().await;
     let node = agent.node();
     let accounts = Api::<ServiceAccount>::namespaced(thief.clone(), NODES_NAMESPACE);
-    let made = accounts.create_token_request(node, &PostParams::default(), &token(Some(node), 3600)).await.unwrap();
+    let made =
+        accounts.create_token_request(node, &PostParams::default(), &token_request(Some(node), 3600)).await.unwrap();
     let mut config = agent.config().await;
     config.auth_info = Default::default();
     config.auth_info.token = made.status.and_then(|status| status.token).map(Into::into);
@@ -386,7 +366,8 @@ async fn an_agent_tells_events_as_itself() {
 async fn a_token_that_names_no_node_writes_nothing() {
     let scene = Scene::set("nameless").await;
     let accounts = Api::<ServiceAccount>::namespaced(scene.cluster.client().await, SYSTEM_NAMESPACE);
-    let made = accounts.create_token_request("berth-agent", &PostParams::default(), &token(None, 3600)).await.unwrap();
+    let made =
+        accounts.create_token_request("berth-agent", &PostParams::default(), &token_request(None, 3600)).await.unwrap();
     let mut config = scene.ours.config().await;
     config.auth_info = Default::default();
     config.auth_info.token = made.status.and_then(|status| status.token).map(Into::into);
@@ -427,7 +408,7 @@ async fn a_controller_reads_no_secret_and_gets_no_token() {
     let node = scene.ours.node();
     for (namespace, name) in [(NODES_NAMESPACE, node), (SYSTEM_NAMESPACE, "berth-agent")] {
         let api = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
-        refused(name, api.create_token_request(name, &PostParams::default(), &token(None, 3600)).await);
+        refused(name, api.create_token_request(name, &PostParams::default(), &token_request(None, 3600)).await);
     }
     let elsewhere = Api::<ServiceAccount>::namespaced(client, SYSTEM_NAMESPACE);
     let made = ServiceAccount {

@@ -41,6 +41,7 @@ use berth::api::bot_container::{OperatingMode, Phase, RestartPolicy};
 use berth::api::bot_snapshot::SnapshotPhase;
 use berth::api::condition::{ConditionType, find};
 use berth::api::{BotContainer, BotContainerSpec, BotSnapshot};
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{EnvVar, Namespace as KubeNamespace};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::api::{Api, DeleteParams, ObjectMeta, Patch, PatchParams, PostParams};
@@ -287,6 +288,28 @@ pub fn hack_cluster(verb: &str, dir: &Path) -> Command {
     let mut command = Command::new(repository().join("hack/cluster"));
     command.arg(verb).arg(dir).stdin(Stdio::null());
     command
+}
+
+/// That the answer is 403, or 422 where what the API server says first is that no one may do that.
+#[track_caller]
+pub fn refused_or_invalid<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {
+    match answer {
+        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => {}
+        other => panic!("{what}: expected 403 or 422, got {other:?}"),
+    }
+}
+
+/// Asks for a token that is bound to a Node, and is good for so long.
+pub fn token_request(node: Option<&str>, seconds: i64) -> TokenRequest {
+    let bound = node.map(|node| BoundObjectReference {
+        api_version: Some("v1".to_owned()),
+        kind: Some("Node".to_owned()),
+        name: Some(node.to_owned()),
+        uid: None,
+    });
+    let spec =
+        TokenRequestSpec { expiration_seconds: Some(seconds), bound_object_ref: bound, ..TokenRequestSpec::default() };
+    TokenRequest { spec: Some(spec), ..TokenRequest::default() }
 }
 
 /// Pids of a part and of all that it has started, by the mark that they have from it.

@@ -5,7 +5,6 @@ use std::path::Path;
 use berth::api::bot_container::Phase;
 use berth::api::condition::{ConditionType, find};
 use berth::api::{BotContainer, BotNode, NODES_NAMESPACE, SYSTEM_NAMESPACE};
-use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Node, Pod, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
@@ -13,7 +12,7 @@ use kube::{Client, ResourceExt as _};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
-use crate::common::{self, wait_for};
+use crate::common::{self, refused_or_invalid, token_request, wait_for};
 use crate::installed::{Installed, LONG, NODE, pid};
 
 /// Its machine is a set of namespaces (hack/machine).
@@ -56,14 +55,6 @@ fn node_of(bot: &BotContainer) -> &str {
     bot.status.as_ref().and_then(|status| status.node_name.as_deref()).unwrap_or_default()
 }
 
-#[track_caller]
-fn refused<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {
-    match answer {
-        Err(kube::Error::Api(status)) if status.code == 403 || status.code == 422 => {}
-        other => panic!("{what}: expected 403 or 422, got {other:?}"),
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_node_is_used_drained_loses_power_and_is_lost() {
     let berth = Installed::on(&[NODE, SECOND]).await;
@@ -93,27 +84,15 @@ async fn a_second_node_is_used_drained_loses_power_and_is_lost() {
     let body = json!({"status": {"phase": "Failed"}});
     let dry = PatchParams { dry_run: true, ..PatchParams::default() };
     let as_thief = Api::<BotContainer>::default_namespaced(thief.clone());
-    refused("a bot of the other node", as_thief.patch_status(&ours, &dry, &Patch::Merge(&body)).await);
+    refused_or_invalid("a bot of the other node", as_thief.patch_status(&ours, &dry, &Patch::Merge(&body)).await);
     as_thief.patch_status(&theirs, &dry, &Patch::Merge(&body)).await.unwrap();
     let nodes = Api::<BotNode>::all(thief.clone());
     let body = json!({"status": {"runtimeHandlers": ["stolen"]}});
-    refused("the other BotNode", nodes.patch_status(NODE, &dry, &Patch::Merge(&body)).await);
+    refused_or_invalid("the other BotNode", nodes.patch_status(NODE, &dry, &Patch::Merge(&body)).await);
     nodes.patch_status(SECOND, &dry, &Patch::Merge(&body)).await.unwrap();
-    let node = Api::<Node>::all(berth.client.clone()).get(SECOND).await.unwrap();
-    let bound = BoundObjectReference {
-        api_version: Some("v1".into()),
-        kind: Some("Node".into()),
-        name: Some(SECOND.into()),
-        uid: node.uid(),
-    };
-    let asked = TokenRequestSpec {
-        expiration_seconds: Some(3600),
-        bound_object_ref: Some(bound),
-        ..TokenRequestSpec::default()
-    };
-    let asked = TokenRequest { spec: Some(asked), ..TokenRequest::default() };
+    let asked = token_request(Some(SECOND), 3600);
     let accounts = Api::<ServiceAccount>::namespaced(thief, NODES_NAMESPACE);
-    refused(
+    refused_or_invalid(
         "a token of the other node's account",
         accounts.create_token_request(NODE, &PostParams::default(), &asked).await,
     );
