@@ -7,9 +7,8 @@ use std::sync::Arc;
 use containerd_client::services::v1::container::Runtime;
 use containerd_client::services::v1::snapshots::RemoveSnapshotRequest;
 use containerd_client::services::v1::{
-    AddResourceRequest, Container as ContainerdContainer, CreateContainerRequest, CreateRequest as CreateLeaseRequest,
-    CreateTaskRequest, DeleteContainerRequest, DeleteRequest as DeleteLeaseRequest, DeleteTaskRequest,
-    GetRequest as GetTaskRequest, KillRequest, PauseTaskRequest, Resource, ResumeTaskRequest, StartRequest,
+    Container as ContainerdContainer, CreateContainerRequest, CreateTaskRequest, DeleteContainerRequest,
+    DeleteTaskRequest, GetRequest as GetTaskRequest, KillRequest, PauseTaskRequest, ResumeTaskRequest, StartRequest,
     UpdateContainerRequest, UpdateTaskRequest,
 };
 use containerd_client::types::v1::Status as TaskState;
@@ -20,7 +19,7 @@ use tonic::Code;
 use crate::api::bot_container::{ImagePullPolicy, NetworkMode, RestoredFrom};
 use crate::api::condition::{Reason, chain, cut};
 use crate::api::ids::ContainerId;
-use crate::containerd::{CallContext, CallFailed, Containerd, LeaseId};
+use crate::containerd::{CallContext, CallFailed, Containerd};
 use crate::image::{Credentials, Image, ImageError, Images};
 use crate::network::{Cidr, Network, NetworkError, Owner};
 use crate::output::{BotDirName, Output, OutputError};
@@ -341,53 +340,27 @@ impl Actor {
         let image = self.image(alive, work.desired).await?;
         // Where it is looked for: as the record has it, of a layer that is half-made or gone.
         let key = work.record().map_or_else(|| labels::first_layer(id), |record| record.layer.clone());
-        // The layer is a root for the collector from its first moment on, by its label; so the lease, which is to hold it as
-        // long as the bot lives, may be made beside it. It holds what the layer's image is made of as well: the image's config
-        // is read at each start.
-        let hold = async {
-            let lease = around(Effect::PrepareLease, self.ensure_lease(id)).await?;
-            let digest = start.as_ref().map_or(&image.digest, |(_, start)| &start.digest);
-            let content = Resource { id: digest.clone(), r#type: "content".to_owned() };
-            let layer = Resource { id: key.clone(), r#type: format!("snapshots/{}", work.desired.snapshotter) };
-            for resource in [content, layer] {
-                let add = AddResourceRequest { id: lease.as_str().to_owned(), resource: Some(resource) };
-                let request = self.containerd.request(add);
-                let answer = around(Effect::PrepareHold, self.containerd.leases().add_resource(request)).await;
-                answer.call("add to lease", lease.as_str())?;
-            }
-            Ok(())
-        };
-        let mut labels = labels::owner(work.desired);
-        labels.insert(labels::IMAGE.to_owned(), image.reference.clone());
-        labels.insert(labels::IMAGE_DIGEST.to_owned(), image.digest.clone());
-        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
-        let make = async {
-            let (restore, from) = match &start {
-                None => {
-                    let prepare = self.versions.prepare(snapshotter, &key, &image.chain_id, labels);
-                    return match around(Effect::PrepareSnapshot, prepare).await {
-                        Err(error) if error.is_already_exists() => Ok(()),
-                        done => done.map_err(StepError::Runtime),
-                    };
-                }
-                Some(start) => start,
-            };
-            // It stands on what the version stands on, whatever the image's name has come to mean since.
-            labels.insert(labels::IMAGE_DIGEST.to_owned(), from.digest.clone());
-            labels.insert(labels::VERSION.to_owned(), restore.version.to_string());
-            let name = labels::version(&restore.uid);
-            if restore.bot_id == work.desired.bot_id {
-                let copy = self.versions.copy_out(snapshotter, &restore.uid, &key, labels);
-                return around(Effect::RestoreCopy, copy).await.map_err(StepError::Version);
-            }
-            // A fork shares what it was forked from.
-            match around(Effect::PrepareSnapshot, self.versions.prepare(snapshotter, &key, &name, labels)).await {
+        let Some((restore, start)) = start else {
+            let labels = labels::layer(work.desired, &image.reference, &image.digest);
+            let prepare = self.versions.prepare(snapshotter, &key, &image.chain_id, labels);
+            return match around(Effect::PrepareSnapshot, prepare).await {
                 Err(error) if error.is_already_exists() => Ok(()),
                 done => done.map_err(StepError::Runtime),
-            }
+            };
         };
-        let (hold, make) = tokio::join!(hold, make);
-        hold.map_err(StepError::Runtime).and(make)
+        // It stands on what the version stands on, whatever the image's name has come to mean since.
+        let mut labels = labels::layer(work.desired, &image.reference, &start.digest);
+        labels.insert(labels::VERSION.to_owned(), restore.version.to_string());
+        let name = labels::version(&restore.uid);
+        if restore.bot_id == work.desired.bot_id {
+            let copy = self.versions.copy_out(snapshotter, &restore.uid, &key, labels);
+            return around(Effect::RestoreCopy, copy).await.map_err(StepError::Version);
+        }
+        // A fork shares what it was forked from.
+        match around(Effect::PrepareSnapshot, self.versions.prepare(snapshotter, &key, &name, labels)).await {
+            Err(error) if error.is_already_exists() => Ok(()),
+            done => done.map_err(StepError::Runtime),
+        }
     }
 
     /// What the version stands on that a bot is to start from.
@@ -441,16 +414,6 @@ impl Actor {
             credentials = credentials.and_then(more);
         }
         Ok(credentials)
-    }
-
-    async fn ensure_lease(&self, id: &ContainerId) -> Result<LeaseId, CallFailed> {
-        let lease = LeaseId::from(id);
-        let request = CreateLeaseRequest { id: lease.as_str().to_owned(), labels: HashMap::new() };
-        match self.containerd.leases().create(self.containerd.request(request)).await.call("create lease", id.as_str())
-        {
-            Err(error) if error.is_already_exists() => Ok(lease),
-            done => done.map(|_| lease),
-        }
     }
 
     async fn write_container(&self, work: &Work<'_>) -> Result<(), StepError> {
@@ -828,7 +791,7 @@ impl Actor {
         network.and(output).and(layer)
     }
 
-    /// Removes what no observation shows: a shim without a task, logs of a bot that was stopped before, mounted files, lease.
+    /// Removes what no observation shows: a shim without a task, logs of a bot that was stopped before, mounted files.
     /// Safe twice. The last thing before a bot is said to be removed: it looks through the machine's processes.
     pub async fn remove_rest(&self, id: &ContainerId) -> Result<(), StepError> {
         self.shims.end_idle(id).await.map_err(StepError::Leftover)?;
@@ -838,14 +801,7 @@ impl Actor {
     async fn remove_unseen(&self, id: &ContainerId) -> Result<(), StepError> {
         around(Effect::RemoveLogs, self.output.remove(id, false)).await.map_err(StepError::Output)?;
         around(Effect::RemoveFiles, self.bundle.remove_files(id)).await.map_err(StepError::Bundle)?;
-        around(Effect::RemoveSpare, self.remove_spare(id)).await?;
-        let request = DeleteLeaseRequest { id: LeaseId::from(id).as_str().to_owned(), sync: false };
-        let answer =
-            around(Effect::RemoveLease, self.containerd.leases().delete(self.containerd.request(request))).await;
-        match answer.call("delete lease", id.as_str()) {
-            Err(error) if error.is_not_found() => Ok(()),
-            done => done.map(|_| ()).map_err(StepError::Runtime),
-        }
+        around(Effect::RemoveSpare, self.remove_spare(id)).await
     }
 
     /// Layers that were made beside, or replaced, and never settled.

@@ -35,8 +35,6 @@ macro_rules! effects {
 
 effects! {
     PreparePull = "prepare.pull",
-    PrepareLease = "prepare.lease",
-    PrepareHold = "prepare.hold",
     PrepareSnapshot = "prepare.snapshot",
     PrepareNamespace = "prepare.namespace",
     PrepareNetwork = "prepare.network",
@@ -75,7 +73,6 @@ effects! {
     RemoveLogs = "remove_container.logs",
     RemoveFiles = "remove_container.files",
     RemoveSpare = "remove_container.spare",
-    RemoveLease = "remove_container.lease",
     RemoveContainer = "remove_container.container",
     AsideNote = "copy_aside.note",
     AsideCopy = "copy_aside.copy",

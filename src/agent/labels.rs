@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 
+use jiff::Timestamp;
+
 use crate::api::ids::ContainerId;
 
 use super::desired::Desired;
@@ -21,8 +23,11 @@ pub const SPEC_HASH: &str = "berth.dev/spec-hash";
 pub const IMAGE: &str = "berth.dev/image";
 /// On a layer: digest that the reference was resolved to.
 pub const IMAGE_DIGEST: &str = "berth.dev/image-digest";
-/// Keeps the collector away, whatever else happens to the object's lease or container.
+/// Keeps the collector away, whatever else happens to the object's container.
 pub const GC_ROOT: &str = "containerd.io/gc.root";
+/// On a layer: has the collector follow it to the content of its image, whose config is read at each start. It comes and goes with
+/// the layer in one write, which a lease beside it would not.
+pub const HOLDS: &str = "containerd.io/gc.ref.content.image";
 
 /// containerd takes no label whose key and value have more bytes together.
 const MAX_LABEL: usize = 4096;
@@ -34,6 +39,14 @@ pub fn owner(desired: &Desired) -> HashMap<String, String> {
         .filter(|(key, value)| key.len() + value.len() <= MAX_LABEL)
         .map(|(key, value)| (key.to_owned(), value.to_owned()))
         .collect()
+}
+
+/// Labels of a bot's layer: whose it is, and which image it stands on. A root for the collector from its first moment on.
+pub fn layer(desired: &Desired, image: &str, digest: &str) -> HashMap<String, String> {
+    let now = Timestamp::now().to_string();
+    let more = [(IMAGE, image), (IMAGE_DIGEST, digest), (HOLDS, digest), (GC_ROOT, &now)];
+    let more = more.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned()));
+    owner(desired).into_iter().chain(more).collect()
 }
 
 /// On a layer: number of the version that it was made from.

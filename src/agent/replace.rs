@@ -10,10 +10,8 @@
 //! What is made beside is noted on the container before it is made, and switched to by one write of that note: whenever it is cut
 //! off, the bot is on the old layer or on the new one.
 
-use containerd_client::services::v1::{AddResourceRequest, Resource};
 use jiff::Timestamp;
 
-use crate::containerd::{CallContext as _, LeaseId};
 use crate::layer::Job;
 
 use super::act::{Actor, StepError, Work};
@@ -46,12 +44,9 @@ impl Actor {
         let name = target.version.runtime_name();
         let info = self.versions.stat(&record.snapshotter, &name).await.map_err(StepError::Runtime)?;
         let info = info.ok_or(StepError::Version(VersionError::Missing { name }))?;
-        let mut labels = labels::owner(work.desired);
-        for label in [labels::IMAGE, labels::IMAGE_DIGEST] {
-            labels.insert(label.to_owned(), info.labels.get(label).cloned().unwrap_or_default());
-        }
+        let of = |label: &str| info.labels.get(label).map_or("", String::as_str);
+        let mut labels = labels::layer(work.desired, of(labels::IMAGE), of(labels::IMAGE_DIGEST));
         labels.insert(labels::VERSION.to_owned(), target.version.number.to_string());
-        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
         let copy = self.versions.copy_out(&record.snapshotter, &target.version.uid, &key, labels);
         around(Effect::AsideCopy, copy).await.map_err(StepError::Version)?;
         let whole = Record { aside: Some(Aside { complete: true, ..aside }), ..record.clone() };
@@ -90,11 +85,8 @@ impl Actor {
         let snapshotter = &record.snapshotter;
         let runtime = StepError::Runtime;
         self.versions.remove(snapshotter, key).await.map_err(runtime)?;
-        let mut labels = labels::owner(work.desired);
-        labels.insert(labels::IMAGE.to_owned(), image.clone());
-        labels.insert(labels::IMAGE_DIGEST.to_owned(), digest.clone());
+        let mut labels = labels::layer(work.desired, image, digest);
         labels.insert(labels::FILLING.to_owned(), old.key.clone());
-        labels.insert(labels::GC_ROOT.to_owned(), Timestamp::now().to_string());
         let prepare = self.versions.prepare(snapshotter, key, chain_id, labels);
         match around(Effect::CarryPrepare, prepare).await {
             // The image was collected meanwhile, which nothing stood on: it is pulled again.
@@ -104,10 +96,6 @@ impl Actor {
             }
             done => done.map_err(runtime)?,
         }
-        let content = Resource { id: digest.clone(), r#type: "content".to_owned() };
-        let hold = AddResourceRequest { id: LeaseId::from(id).as_str().to_owned(), resource: Some(content) };
-        let held = self.containerd.leases().add_resource(self.containerd.request(hold)).await;
-        held.call("add to lease", id.as_str()).map_err(runtime)?;
         // Open until the copier has ended, which reads and writes through them.
         let (dirs, whole) = match self.versions.active_dirs(snapshotter, key).await {
             Err(VersionError::NoDirectory { .. }) => {

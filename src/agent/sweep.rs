@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use containerd_client::services::v1::{ListContainersRequest, ListRequest as ListLeasesRequest};
+use containerd_client::services::v1::ListContainersRequest;
 use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client};
@@ -174,12 +174,6 @@ impl Sweeper {
                 if let Some(uid) = uid.filter(|uid| labels::layer_number(&uid.container_id(), &info.name).is_some()) {
                     found.entry(uid).or_insert_with(|| owner(&info.labels, Some(snapshotter)));
                 }
-            }
-        }
-        let request = self.containerd.request(ListLeasesRequest::default());
-        for lease in self.containerd.leases().list(request).await.call("list", "leases")?.leases {
-            if let Some(uid) = ContainerId::uid_of(&lease.id) {
-                found.entry(uid).or_default();
             }
         }
         for network in self.network.list().await? {

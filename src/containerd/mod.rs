@@ -23,8 +23,6 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-use crate::api::ids::ContainerId;
-
 /// Longest a call may take that moves no bulk data.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -226,13 +224,5 @@ impl LeaseId {
     pub fn as_str(&self) -> &str {
         // `parse` admits ASCII letters, digits and three signs only, all of which are visible.
         self.0.to_str().unwrap_or_default()
-    }
-}
-
-impl From<&ContainerId> for LeaseId {
-    /// A bot's lease bears its container's name.
-    fn from(id: &ContainerId) -> Self {
-        #[allow(clippy::expect_used)] // Letters, digits and '-' by construction: all of them legal in a header.
-        Self(id.as_str().parse().expect("a container id is visible ASCII"))
     }
 }

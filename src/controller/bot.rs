@@ -59,7 +59,7 @@ pub enum Plan {
         message: String,
     },
     /// Take the botId and add the finalizer, side by side; then bind. Cut off before the bind: the record names the
-    /// node, and the next pass binds to that one.
+    /// node, and the next pass binds to that one. Cut off after a bind beside: the next pass makes the record of what is bound.
     Place {
         /// Where to.
         node: String,
@@ -67,6 +67,8 @@ pub enum Plan {
         take: bool,
         /// The finalizer is missing.
         finalizer: bool,
+        /// Bind it beside: nothing that is still to be written can forbid it.
+        beside: bool,
         /// The version that it starts from.
         restore: Option<RestoredFrom>,
     },
@@ -144,7 +146,7 @@ pub fn decide(view: &View<'_>, place: impl FnOnce(Option<&str>) -> Result<String
                 Restore::From { from, node: there } if there == node => Some(from.clone()),
                 _ => None,
             };
-            return Plan::Place { node: node.clone(), take: false, finalizer, restore };
+            return Plan::Place { node: node.clone(), take: false, finalizer, beside: false, restore };
         }
         Hold::Other(holder) => {
             return Plan::Wait {
@@ -166,7 +168,11 @@ pub fn decide(view: &View<'_>, place: impl FnOnce(Option<&str>) -> Result<String
         Restore::Wait { reason, message } => return Plan::Wait { reason: *reason, message: message.clone() },
     };
     match place(layer) {
-        Ok(node) => Plan::Place { node, take: true, finalizer, restore },
+        Ok(node) => {
+            // Its own uid is a botId that no other bot has, unless it was given it on purpose.
+            let beside = !finalizer && bot.spec.bot_id.is_none() && *hold == Hold::None;
+            Plan::Place { node, take: true, finalizer, beside, restore }
+        }
         Err(why) => {
             let message = match layer {
                 Some(node) if restore.is_some() => format!("the version to start from is on {node}: {why}"),
@@ -229,26 +235,25 @@ async fn apply(
     match plan {
         Plan::Rest => Ok(Next::Resync),
         Plan::Wait { reason, message } => wait(context, name, &bot, reason, message, now).await,
-        Plan::Place { node, take, finalizer, restore } => {
+        Plan::Place { node, take, finalizer, beside, restore } => {
             // What it may read is granted before its agent hears of it.
             let granting = async {
                 let at = Name { namespace: name.namespace.clone(), name: node.clone() };
                 if context.world().names_any(name) { access::reconcile(context, &at).await.map(drop) } else { Ok(()) }
             };
             let preparing = prepare(context, &bot, record.as_deref(), take.then_some(&*node), finalizer);
-            let (granted, bot) = tokio::join!(granting, preparing);
-            let bot = bot?;
-            granted?;
-            let (bot_id, claim) = (bot_id(&bot), Claim::Keep);
             let last_version = record.as_deref().map_or(0, |record| record.spec.last_version);
-            let (node, orphaned) = (node.clone(), false);
-            let wanted =
-                Wanted::Bound { node: node.clone(), bot_id, claim, restored_from: restore, last_version, orphaned };
-            if say(context, &bot, &wanted, "binding").await? {
-                context.metrics.placed();
-                tracing::info!(bot = %name, node, "bound");
-                let text = format!("bound to node {node}");
-                context.events.send(Note::normal(bot.object_ref(&()), Reason::Scheduled, "Bind", text, node));
+            if beside {
+                granting.await?;
+                let binding = bind(context, name, &bot, &node, last_version, restore);
+                let (prepared, bound) = tokio::join!(preparing, binding);
+                prepared?;
+                bound?;
+            } else {
+                let (granted, bot) = tokio::join!(granting, preparing);
+                let bot = bot?;
+                granted?;
+                bind(context, name, &bot, &node, last_version, restore).await?;
             }
             Ok(Next::Resync)
         }
@@ -332,6 +337,25 @@ async fn prepare(
     let (held, finalized) = tokio::join!(holding, finalizing);
     held?;
     finalized
+}
+
+async fn bind(
+    context: &Context,
+    name: &Name,
+    bot: &BotContainer,
+    node: &str,
+    last_version: i64,
+    restored_from: Option<RestoredFrom>,
+) -> Result<(), Error> {
+    let (bot_id, claim, orphaned) = (bot_id(bot), Claim::Keep, false);
+    let wanted = Wanted::Bound { node: node.to_owned(), bot_id, claim, restored_from, last_version, orphaned };
+    if say(context, bot, &wanted, "binding").await? {
+        context.metrics.placed();
+        tracing::info!(bot = %name, node, "bound");
+        let text = format!("bound to node {node}");
+        context.events.send(Note::normal(bot.object_ref(&()), Reason::Scheduled, "Bind", text, node.to_owned()));
+    }
+    Ok(())
 }
 
 /// Says in status what is wanted, if it does not say so already; whether it was written.

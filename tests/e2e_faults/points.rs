@@ -85,9 +85,7 @@ enum Way {
 fn way(effect: Effect) -> Way {
     match effect {
         Effect::PreparePull => Way::Pulled,
-        Effect::PrepareLease
-        | Effect::PrepareHold
-        | Effect::PrepareSnapshot
+        Effect::PrepareSnapshot
         | Effect::PrepareNamespace
         | Effect::PrepareOutput
         | Effect::WriteFiles
@@ -115,11 +113,7 @@ fn way(effect: Effect) -> Way {
         Effect::LostNote => Way::Lost,
         Effect::SettleNote => Way::Settled,
         Effect::RemoveNetwork | Effect::RemoveOutput => Way::Stopped,
-        Effect::RemoveLayer
-        | Effect::RemoveFiles
-        | Effect::RemoveSpare
-        | Effect::RemoveLease
-        | Effect::RemoveContainer => Way::Deleted,
+        Effect::RemoveLayer | Effect::RemoveFiles | Effect::RemoveSpare | Effect::RemoveContainer => Way::Deleted,
         Effect::AsideNote
         | Effect::AsideCopy
         | Effect::AsideNoteDone

@@ -48,7 +48,7 @@ fn free(node: &str) -> Hold {
 }
 
 fn place(node: &str, take: bool, finalizer: bool) -> Plan {
-    Plan::Place { node: node.to_owned(), take, finalizer, restore: None }
+    Plan::Place { node: node.to_owned(), take, finalizer, beside: false, restore: None }
 }
 
 fn keep(take: bool, finalizer: bool, claim: Claim) -> Plan {
@@ -149,6 +149,26 @@ fn a_deleted_bot_is_let_go_when_its_node_has_nothing_of_it() {
     assert_eq!(plan(&done, Hold::None, gone()), Plan::LetGo { release: false, lost: None }, "cut off half-way");
 }
 
+/// Where another may hold the botId the record is the lock, and where the finalizer is missing a deletion would pass the bind by.
+#[test]
+fn a_bot_of_its_own_uid_is_bound_beside_its_record() {
+    let own = |change: fn(&mut Value)| {
+        bot(|body| {
+            change(body);
+            body["spec"]["botId"] = json!(null);
+        })
+    };
+    let beside = |hold| match plan(&own(held), hold, None) {
+        Plan::Place { beside, take, .. } => (beside, take),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(beside(Hold::None), (true, true));
+    assert_eq!(beside(Hold::Free(None)), (false, true), "a record that is there may be changed by others");
+    assert_eq!(beside(mine("node-1")), (false, false), "a pass that was cut off");
+    assert_eq!(plan(&own(|_| {}), Hold::None, None), place("node-2", true, true), "no finalizer yet");
+    assert_eq!(plan(&bot(held), Hold::None, None), place("node-2", true, false), "a botId that another may have");
+}
+
 #[test]
 fn a_bot_is_placed_where_the_version_is_that_it_starts_from() {
     let (new, from) = (
@@ -158,7 +178,10 @@ fn a_bot_is_placed_where_the_version_is_that_it_starts_from() {
     let there = Restore::From { from: from.clone(), node: "node-7".to_owned() };
     let decided =
         |hold, restore| decide(&View { restore, ..view(&new, hold, None) }, |at| Ok(at.unwrap_or("node-2").to_owned()));
-    let placed = |node: &str, take, restore| Plan::Place { node: node.to_owned(), take, finalizer: true, restore };
+    let placed = |node: &str, take, restore| {
+        let node = node.to_owned();
+        Plan::Place { node, take, finalizer: true, beside: false, restore }
+    };
     assert_eq!(decided(Hold::None, there.clone()), placed("node-7", true, Some(from.clone())));
     assert_eq!(decided(free("node-1"), there.clone()), placed("node-7", true, Some(from.clone())));
     assert_eq!(decided(mine("node-7"), there.clone()), placed("node-7", false, Some(from)), "a pass that was cut off");
