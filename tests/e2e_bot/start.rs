@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use berth::api::bot_container::Phase;
 use berth::api::condition::ConditionType;
-use berth::api::{BotRecord, FINALIZER};
+use berth::api::{BotRecord, BotSnapshot, BotSnapshotSpec, FINALIZER, SNAPSHOT_FINALIZER};
 use kube::ResourceExt;
-use kube::api::{DeleteParams, ListParams};
+use kube::api::{Api, DeleteParams, ListParams, PostParams};
 
-use crate::common::{Cluster, Controller, SOON, bot, run, summary, wait_for};
+use crate::common::{Cluster, Controller, Namespace, SOON, bot, run, summary, wait_for};
 use crate::stage::{Stage, environment, ip, life, moment, page, pid, says, status, uid};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,6 +59,29 @@ async fn a_bot_runs_answers_on_its_ip_and_says_so() {
     // What containerd's own tool sees, by the name that status gives.
     assert!(stage.agent.ctr(["tasks", "list"]).contains(&format!("berth-{}", uid(&web))));
 }
+/// What charts/berth/templates/finalizers.yaml adds, beside what is there, once.
+#[tokio::test(flavor = "multi_thread")]
+async fn bots_and_snapshots_have_their_finalizers_from_birth() {
+    let cluster = Cluster::shared();
+    let ns = Namespace::create(cluster, "birth").await;
+    let dry = PostParams { dry_run: true, ..PostParams::default() };
+    let snapshots = Api::<BotSnapshot>::namespaced(ns.client(), ns.name());
+    for (given, others) in [(None, vec![]), (Some(vec![]), vec![]), (Some(vec!["a.b/c"]), vec!["a.b/c"])] {
+        let given: Option<Vec<String>> = given.map(|all| all.into_iter().map(str::to_owned).collect());
+        let mut web = bot("web").build(cluster);
+        web.metadata.finalizers = given.clone();
+        let made = ns.bots().create(&dry, &web).await.unwrap();
+        assert_eq!(made.finalizers(), [&others[..], &[FINALIZER]].concat());
+        // As a backup has it that is restored.
+        web.metadata.finalizers = made.metadata.finalizers.clone();
+        assert_eq!(ns.bots().create(&dry, &web).await.unwrap().finalizers(), made.finalizers());
+
+        let mut kept = BotSnapshot::new("kept", BotSnapshotSpec::of("web"));
+        kept.metadata.finalizers = given;
+        let made = snapshots.create(&dry, &kept).await.unwrap();
+        assert_eq!(made.finalizers(), [&others[..], &[SNAPSHOT_FINALIZER]].concat());
+    }
+}
 
 /// Successful writes that the API server counted, but for Leases: (those of Berth's objects, Events, all others).
 async fn writes(client: &kube::Client) -> (u64, u64, Vec<(String, u64)>) {
@@ -96,14 +119,14 @@ async fn starts_write_little_two_hundred_at_once_run_and_at_rest_nothing_is_writ
     let before = stage.warmed().await;
     let client = stage.cluster.client().await;
 
-    // One start: create, BotRecord, finalizer, binding, status. The write that was just done is counted at once, but
+    // One start: create, BotRecord, binding, status. The write that was just done is counted at once, but
     // Events come a moment later.
     let counted = writes(&client).await;
     stage.runs(bot("one")).await;
     moment(Duration::from_secs(2)).await;
     let after = writes(&client).await;
     println!("one start: {} writes, {} Events", after.0 - counted.0, after.1 - counted.1);
-    assert!(after.0 - counted.0 <= 5, "{} writes of objects for one start", after.0 - counted.0);
+    assert!(after.0 - counted.0 <= 4, "{} writes of objects for one start", after.0 - counted.0);
     assert!(after.1 - counted.1 <= 3, "{} Events for one start", after.1 - counted.1);
 
     // As many in one file as a node takes by default.

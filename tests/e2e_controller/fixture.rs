@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use berth::api::{AGENT, BotContainer, BotNode, BotRecord, BotSnapshot, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE};
+use berth::api::{
+    AGENT, BotContainer, BotNode, BotRecord, BotSnapshot, FINALIZER, NODE_LEASE_NAMESPACE, SYSTEM_NAMESPACE,
+};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{CustomResourceDefinition, JSONSchemaProps};
@@ -392,6 +394,25 @@ impl Cluster {
     /// Applies a bot; `spec` adds to a minimal one.
     pub async fn bot(&self, name: &str, spec: Value) -> BotContainer {
         self.bots().create(&PostParams::default(), &bot(name, spec)).await.unwrap()
+    }
+
+    /// A bot as charts/berth/templates/finalizers.yaml has it: with its finalizer from birth. This cluster is without that policy, so
+    /// that all others are as on an API server that has none.
+    pub async fn bot_held(&self, name: &str, spec: Value) -> BotContainer {
+        let mut bot = bot(name, spec);
+        bot.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        self.bots().create(&PostParams::default(), &bot).await.unwrap()
+    }
+
+    /// Waits until a bot has its record.
+    pub async fn recorded(&self, bot: &BotContainer) -> BotRecord {
+        let name = bot.spec.bot_id.clone().or_else(|| bot.uid()).unwrap();
+        eventually(&format!("the record {name}"), Duration::from_secs(40), || async {
+            let record = self.records().get(&name).await.map_err(|e| e.to_string())?;
+            let mine = record.spec.holder.as_ref().is_some_and(|holder| Some(&holder.uid) == bot.uid().as_ref());
+            mine.then(|| record.clone()).ok_or_else(|| format!("{record:?}"))
+        })
+        .await
     }
 
     /// Waits until a bot is bound; on which node.

@@ -144,24 +144,6 @@ fn collect(scene: &Scene) {
 }
 
 #[tokio::test]
-async fn a_bot_whose_lease_is_deleted_by_hand_loses_no_layer_and_starts_again() {
-    let scene = Scene::new("lease").await;
-    let bot = scene.running("web").await;
-    let stopped = scene.running("stopped").await;
-    scene.apply(counting("stopped").stopped()).await;
-    scene.phase("stopped", Phase::Stopped).await;
-    for lease in scene.agent.ctr(["leases", "list", "-q"]).lines() {
-        scene.agent.ctr(["leases", "delete", "--sync", lease]);
-    }
-    collect(&scene);
-    scene.apply(counting("stopped")).await;
-    scene.again("stopped", &stopped, 2).await;
-    scene.agent.ctr(["tasks", "kill", "--signal", "SIGKILL", &id(&bot)]);
-    scene.again("web", &bot, 2).await;
-    scene.end().await;
-}
-
-#[tokio::test]
 async fn labels_changed_by_hand_lose_no_layer_and_nothing_is_left_in_the_end() {
     let mut scene = Scene::new_with("labels", &[("BERTH_ORPHAN_GRACE_SECONDS", "1")]).await;
     let bot = scene.running("web").await;
@@ -308,17 +290,25 @@ async fn garble(scene: &Scene, id: &str) {
     containerd.containers().update(containerd.request(request)).await.unwrap();
 }
 
-/// The layer holds its parents and the bot's lease its image's config, whatever becomes of the image's name.
+/// The layer holds its parents and its image's content, whatever becomes of the image's name, and of leases.
 #[tokio::test]
-async fn images_removed_by_hand_cost_no_bot_its_restart() {
+async fn images_and_leases_removed_by_hand_cost_no_bot_its_restart() {
     let scene = Scene::new("imagerm").await;
     let bot = scene.running("web").await;
+    let stopped = scene.running("stopped").await;
+    scene.apply(counting("stopped").stopped()).await;
+    scene.phase("stopped", Phase::Stopped).await;
+    for lease in scene.agent.ctr(["leases", "list", "-q"]).lines() {
+        scene.agent.ctr(["leases", "delete", "--sync", lease]);
+    }
     for image in scene.agent.ctr(["images", "list", "-q"]).lines() {
         scene.agent.ctr(["images", "remove", "--sync", image]);
     }
     collect(&scene);
     scene.agent.ctr(["tasks", "kill", "--signal", "SIGKILL", &id(&bot)]);
     scene.again("web", &bot, 2).await;
+    scene.apply(counting("stopped")).await;
+    scene.again("stopped", &stopped, 2).await;
     let new = scene.apply(counting("new")).await;
     scene.phase("new", Phase::Running).await;
     scene.started(&new, 1).await;
