@@ -66,7 +66,7 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
             "kind: NetworkPolicy",
             "kind: PriorityClass",
             "name: berth-pod-security-restricted",
-            "image: \"ghcr.io/berth-dev/berth:0.1.0\"",
+            "ghcr.io/berth-dev/berth:0.1.0",
             "topologyKey: kubernetes.io/hostname",
         ],
         &["kind: ServiceMonitor", "DATABASE_URL"],
