@@ -340,24 +340,21 @@ impl Actor {
         let image = self.image(alive, work.desired).await?;
         // Where it is looked for: as the record has it, of a layer that is half-made or gone.
         let key = work.record().map_or_else(|| labels::first_layer(id), |record| record.layer.clone());
-        let Some((restore, start)) = start else {
-            let labels = labels::layer(work.desired, &image.reference, &image.digest);
-            let prepare = self.versions.prepare(snapshotter, &key, &image.chain_id, labels);
-            return match around(Effect::PrepareSnapshot, prepare).await {
-                Err(error) if error.is_already_exists() => Ok(()),
-                done => done.map_err(StepError::Runtime),
-            };
+        let (parent, labels) = match start {
+            None => (image.chain_id, labels::layer(work.desired, &image.reference, &image.digest)),
+            Some((restore, start)) => {
+                // It stands on what the version stands on, whatever the image's name has come to mean since.
+                let mut labels = labels::layer(work.desired, &image.reference, &start.digest);
+                labels.insert(labels::VERSION.to_owned(), restore.version.to_string());
+                if restore.bot_id == work.desired.bot_id {
+                    let copy = self.versions.copy_out(snapshotter, &restore.uid, &key, labels);
+                    return around(Effect::RestoreCopy, copy).await.map_err(StepError::Version);
+                }
+                // A fork shares what it was forked from.
+                (labels::version(&restore.uid), labels)
+            }
         };
-        // It stands on what the version stands on, whatever the image's name has come to mean since.
-        let mut labels = labels::layer(work.desired, &image.reference, &start.digest);
-        labels.insert(labels::VERSION.to_owned(), restore.version.to_string());
-        let name = labels::version(&restore.uid);
-        if restore.bot_id == work.desired.bot_id {
-            let copy = self.versions.copy_out(snapshotter, &restore.uid, &key, labels);
-            return around(Effect::RestoreCopy, copy).await.map_err(StepError::Version);
-        }
-        // A fork shares what it was forked from.
-        match around(Effect::PrepareSnapshot, self.versions.prepare(snapshotter, &key, &name, labels)).await {
+        match around(Effect::PrepareSnapshot, self.versions.prepare(snapshotter, &key, &parent, labels)).await {
             Err(error) if error.is_already_exists() => Ok(()),
             done => done.map_err(StepError::Runtime),
         }

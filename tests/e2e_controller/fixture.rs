@@ -393,14 +393,14 @@ impl Cluster {
 
     /// Applies a bot; `spec` adds to a minimal one.
     pub async fn bot(&self, name: &str, spec: Value) -> BotContainer {
-        self.bots().create(&PostParams::default(), &bot(name, spec)).await.unwrap()
+        self.bot_with(false, name, spec).await
     }
 
-    /// A bot as charts/berth/templates/finalizers.yaml has it: with its finalizer from birth. This cluster is without that policy, so
-    /// that all others are as on an API server that has none.
-    pub async fn bot_held(&self, name: &str, spec: Value) -> BotContainer {
+    /// With its finalizer from birth, as charts/berth/templates/finalizers.yaml has it, or not: this cluster is without that policy, as
+    /// an API server that has none.
+    pub async fn bot_with(&self, finalizer: bool, name: &str, spec: Value) -> BotContainer {
         let mut bot = bot(name, spec);
-        bot.metadata.finalizers = Some(vec![FINALIZER.to_owned()]);
+        bot.metadata.finalizers = finalizer.then(|| vec![FINALIZER.to_owned()]);
         self.bots().create(&PostParams::default(), &bot).await.unwrap()
     }
 
