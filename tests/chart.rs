@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use common::{Cluster, run};
+use common::{Cluster, go_tool, run};
 
 /// An API that the chart asks for, as an API server has it from Kubernetes 1.36 on.
 const MUTATING: [&str; 2] = ["--api-versions", "admissionregistration.k8s.io/v1/MutatingAdmissionPolicy"];
@@ -118,7 +118,7 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
 
 fn helm() -> Command {
     static HELM: OnceLock<PathBuf> = OnceLock::new();
-    Command::new(HELM.get_or_init(|| PathBuf::from(run(Command::new("hack/go-tool").arg("helm")))))
+    Command::new(HELM.get_or_init(|| go_tool("helm")))
 }
 
 fn template(values: &Path, more: &[&str]) -> Command {

@@ -290,6 +290,12 @@ pub fn hack_cluster(verb: &str, dir: &Path) -> Command {
     command
 }
 
+/// The program of a Go module in tools/, built once.
+#[track_caller]
+pub fn go_tool(name: &str) -> PathBuf {
+    PathBuf::from(run(Command::new(repository().join("hack/go-tool")).arg(name)))
+}
+
 /// That the answer is 403, or 422 where what the API server says first is that no one may do that.
 #[track_caller]
 pub fn refused_or_invalid<T: std::fmt::Debug>(what: &str, answer: kube::Result<T>) {

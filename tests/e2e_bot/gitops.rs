@@ -8,12 +8,12 @@ use berth::api::bot_snapshot::SnapshotPhase;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::common::{SOON, bot, run, wait_for};
+use crate::common::{SOON, bot, go_tool, wait_for};
 use crate::stage::Stage;
 
 /// `Current`, `InProgress`, `Failed`, `Terminating` …
 fn kstatus(object: &impl serde::Serialize) -> String {
-    let program = run(Command::new("hack/go-tool").arg("kstatus"));
+    let program = go_tool("kstatus");
     let mut child = Command::new(program).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(&serde_json::to_vec(object).unwrap()).unwrap();
     let output = child.wait_with_output().unwrap();

@@ -11,7 +11,7 @@ use kube::api::{Api, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::common::{self, Cluster, SOON, run, wait_for};
+use crate::common::{self, Cluster, SOON, go_tool, run, wait_for};
 
 /// The node whose machine is this one.
 pub const NODE: &str = "node-1";
@@ -34,7 +34,7 @@ impl Installed {
     pub async fn on(nodes: &[&str]) -> Self {
         static ALONE: Mutex<()> = Mutex::const_new(());
         let alone = ALONE.lock().await;
-        let helm = PathBuf::from(run(Command::new("hack/go-tool").arg("helm")));
+        let helm = go_tool("helm");
         let cluster = Cluster::with_kubelets(nodes);
         let registry = cluster.env("BERTH_REGISTRY").to_owned();
         run(Command::new("images/berth/build").args(["--dev", "--push", &format!("{registry}/berth/berth:0.1.0")]));
