@@ -12,6 +12,7 @@
 //! api/        the objects, their conditions and CRDs: the single source
 //! client      the way to the API server, with a limit on each answer
 //! telemetry   logs, metrics, health
+//! delete_all  every bot and version of a cluster, before Berth is taken off it
 //! ```
 
 pub mod agent;
@@ -19,6 +20,7 @@ pub mod api;
 pub mod client;
 pub mod containerd;
 pub mod controller;
+pub mod delete_all;
 pub mod image;
 pub mod layer;
 pub mod network;

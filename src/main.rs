@@ -9,6 +9,7 @@ use std::time::Duration;
 use berth::agent::AgentArgs;
 use berth::agent::host::{Host, Pod};
 use berth::controller::ControllerArgs;
+use berth::delete_all::DeleteAllArgs;
 use berth::telemetry::{LogFormat, init_logs};
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
@@ -58,6 +59,9 @@ enum Part {
         /// Where the node's agent serves /drained.
         agent: Option<SocketAddr>,
     },
+    /// Delete all bots and versions of the cluster, and wait until their nodes have removed them. Says how many there are; does it with
+    /// --yes. What `helm uninstall` runs first where the chart was installed with crds.keep=false.
+    DeleteAll(DeleteAllArgs),
     /// Take all that Berth has off a node: bots, their files, versions, images, network. After its agent is gone. Says what there is;
     /// does it with --yes.
     NodeCleanup {
@@ -84,6 +88,9 @@ fn main() -> ExitCode {
         Part::Diff { before, now, state_dir } => diff(&before, &now, &state_dir),
         Part::Controller(args) => {
             serve(command.log_format, &command.log_filter, |stop| berth::controller::run(*args, stop))
+        }
+        Part::DeleteAll(args) => {
+            serve(command.log_format, &command.log_filter, |stop| berth::delete_all::run(args, stop))
         }
         Part::Hold { agent } => hold(agent),
         Part::NodeCleanup { agent, yes } => cleanup(*agent, yes, command.log_format, &command.log_filter),

@@ -20,7 +20,7 @@ const MUTATING: [&str; 2] = ["--api-versions", "admissionregistration.k8s.io/v1/
 const EVERYTHING: &str = r#"
 image: {repository: "registry.example:5000/berth/berth", digest: "sha256:0000000000000000000000000000000000000000000000000000000000000001"}
 imagePullSecrets: [{name: of-the-registry}]
-crds: {keep: false}
+crds: {keep: false, deleteTimeoutSeconds: 61}
 log: {format: text, filter: "info,berth=debug"}
 controller:
   replicas: 3
@@ -69,7 +69,7 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
             "ghcr.io/berth-dev/berth:0.1.0",
             "topologyKey: kubernetes.io/hostname",
         ],
-        &["kind: ServiceMonitor", "DATABASE_URL"],
+        &["kind: ServiceMonitor", "DATABASE_URL", "delete-all"],
     ),
     (
         "everything",
@@ -98,8 +98,10 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
             "interval: 61s",
             "kubernetes.io/metadata.name: monitoring",
             "value: 7",
+            "helm.sh/hook: pre-delete",
+            "--timeout-seconds=61",
         ],
-        &["ghcr.io", "topologyKey"],
+        &["ghcr.io", "topologyKey", "helm.sh/resource-policy"],
     ),
     (
         "the least",
@@ -192,6 +194,8 @@ fn values_that_are_wrong_or_unknown_are_refused_by_name() {
         ("controller.clusterCIDR=10.208.0.0", "clusterCIDR"),
         ("controller.nodeCIDRMaskSize=33", "nodeCIDRMaskSize"),
         ("image.digest=sha256:1", "digest"),
+        ("crds.keep=perhaps", "keep"),
+        ("crds.deleteTimeoutSeconds=0", "deleteTimeoutSeconds"),
         ("image.pullPolicy=Sometimes", "pullPolicy"),
         ("log.format=xml", "format"),
         ("agent.maxBots=many", "maxBots"),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use berth::api::{BotContainer, BotNode, SYSTEM_NAMESPACE};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
-use kube::api::{Api, ListParams, Patch, PatchParams};
+use kube::api::{Api, ListParams, Patch, PatchParams, PostParams};
 use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -48,6 +48,14 @@ impl Installed {
         run(self.cluster.command(&self.helm).args(arguments).args(["--namespace", SYSTEM_NAMESPACE]))
     }
 
+    /// The same, refused: what it says.
+    pub fn helm_refuses(&self, arguments: &[&str]) -> String {
+        let mut helm = self.cluster.command(&self.helm);
+        let output = helm.args(arguments).args(["--namespace", SYSTEM_NAMESPACE]).output().unwrap();
+        assert!(!output.status.success(), "helm {arguments:?} went through");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
     /// `install` or `upgrade`, with what is different about this machine.
     pub fn release(&self, verb: &[&str], chart: &str, more: &[&str]) {
         let image = format!("image.repository={}/berth/berth", self.registry);
@@ -76,6 +84,15 @@ impl Installed {
             let conditions = node.status.map(|status| status.conditions).unwrap_or_default();
             let ready = conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True");
             if ready { Ok(()) } else { Err(format!("{conditions:?}")) }
+        })
+        .await;
+        // The API server reads the schema of kinds that a MutatingAdmissionPolicy is for every 5 s, and answers 503 until then.
+        let bot = json!({"apiVersion": "berth.dev/v1alpha1", "kind": "BotContainer", "metadata": {"name": "taken"},
+            "spec": {"image": self.cluster.image()}});
+        let bot = serde_json::from_value(bot).unwrap();
+        let dry_run = PostParams { dry_run: true, ..PostParams::default() };
+        wait_for("bots are taken", SOON, || async {
+            self.bots().create(&dry_run, &bot).await.map(drop).map_err(|error| error.to_string())
         })
         .await;
     }

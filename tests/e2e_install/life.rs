@@ -275,6 +275,39 @@ async fn a_chart_is_installed_upgraded_and_taken_off() {
     let said = run(&mut cleanup(&["--yes"]));
     assert!(said.contains("0 tasks"), "safe twice: {said}");
     // kubelet's own are untouched.
-    assert!(Api::<Node>::all(client).get(NODE).await.is_ok());
+    assert!(Api::<Node>::all(client.clone()).get(NODE).await.is_ok());
     assert!(berth.cluster.ctr("k8s.io", ["images", "list", "-q"]).contains("berth/berth"));
+
+    // Where nothing is to be kept the uninstall takes bots and versions along: all, or it fails and takes nothing off.
+    let all = ["--set", "crds.keep=false", "--set", "crds.deleteTimeoutSeconds=15"];
+    berth.release(&["install"], "charts/berth", &all);
+    // The one that was forgotten is declared still.
+    let web = berth.ready("web").await;
+    berth.apply("retained", json!({"deletionPolicy": "Retain"})).await;
+    let processes = [pid(&web), pid(&berth.ready("retained").await)];
+    let held = |finalizers: serde_json::Value| {
+        let patch = json!({"metadata": {"finalizers": finalizers}});
+        let snapshots = snapshots.clone();
+        async move { snapshots.patch("web-1", &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap() }
+    };
+    held(json!(["berth.dev/snapshot", "example.org/somebody"])).await;
+    let said = berth.helm_refuses(&["uninstall", "berth", "--wait"]);
+    assert!(said.contains("berth-delete-all"), "{said}");
+    let says: Vec<String> = berth.pods("delete-all").await.iter().map(|pod| format!("{:?}", pod.status)).collect();
+    assert!(
+        says.iter().any(|status| status.contains("left after 15 s: 0 bots and 1 versions: default/web-1")),
+        "{says:?}"
+    );
+    assert_eq!(berth.pods("agent").await.len(), 1, "the agent is there still, and the rest with it");
+    assert!(Api::<Deployment>::namespaced(client.clone(), SYSTEM_NAMESPACE).get("berth-controller").await.is_ok());
+    held(json!([])).await;
+    berth.helm(&["uninstall", "berth", "--wait"]);
+    let kubectl = |words: &[&str]| run(berth.cluster.command(berth.cluster.dir().join("bin/kubectl")).args(words));
+    let left = kubectl(&["get", "crd,clusterrole,clusterrolebinding,namespace", "-o", "name"]);
+    let of_berth: Vec<&str> = left.lines().filter(|line| line.contains("berth")).collect();
+    assert_eq!(of_berth, ["namespace/berth-system"], "what `--create-namespace` made is not of the chart");
+    for pid in processes {
+        assert!(!Path::new(&format!("/proc/{pid}/exe")).exists(), "a bot's process");
+    }
+    run(&mut cleanup(&["--yes"]));
 }

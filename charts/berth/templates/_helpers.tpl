@@ -17,3 +17,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 app.kubernetes.io/name: berth
 app.kubernetes.io/component: {{ . }}
 {{- end }}
+
+{{- /* Made when the chart is uninstalled, in the order of the weight that is given, and removed once all went well. */}}
+{{- define "berth.deleteAllHook" -}}
+helm.sh/hook: pre-delete
+helm.sh/hook-weight: {{ . | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end }}
