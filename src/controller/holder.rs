@@ -255,6 +255,7 @@ pub async fn reconcile(context: &Context, node: &str) -> Result<Next, Error> {
                 "the node's holder Pod does not stay, so the scheduler does not see what bots use: {}",
                 why.trim()
             );
+            context.metrics.holder_refused();
             context.events.send(Note::warning(bot_node.object_ref(&()), Reason::HolderRefused, "Hold", text, why));
             context.world().holder_failed(node, Instant::now() + REFUSED);
             remove(context, &api, node, &object).await?;

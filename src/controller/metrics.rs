@@ -31,6 +31,7 @@ pub struct Metrics {
     errors: Family<Why, Counter>,
     watch_errors: Family<Kind, Counter>,
     placements: Counter,
+    holders_refused: Counter,
     events_dropped: Counter,
     pending: Gauge,
     depth: Gauge,
@@ -56,6 +57,11 @@ impl Metrics {
         r.register("errors", "Failed reconciles by reason", m.errors.clone());
         r.register("watch_errors", "Watches that broke and were begun again, by kind", m.watch_errors.clone());
         r.register("placements", "Bots bound to a node", m.placements.clone());
+        r.register(
+            "holders_refused",
+            "Holder Pods that a node refused, or that ended there",
+            m.holders_refused.clone(),
+        );
         r.register("events_dropped", "Events that could not be written", m.events_dropped.clone());
         r.register("pending_bots", "Bots that are bound to no node", m.pending.clone());
         r.register("queue_depth", "Objects waiting for a reconcile now", m.depth.clone());
@@ -100,6 +106,11 @@ impl Metrics {
     /// A bot was bound.
     pub fn placed(&self) {
         self.placements.inc();
+    }
+
+    /// A node refused its holder Pod.
+    pub fn holder_refused(&self) {
+        self.holders_refused.inc();
     }
 
     /// An Event was not written.
