@@ -29,6 +29,7 @@ use super::bundle::{self, Bundle, BundleError};
 use super::desired::{Alive, Desired, Goal};
 use super::failpoint::{Effect, around};
 use super::labels;
+use super::moves::Moves;
 use super::observe::{Observed, Task};
 use super::record::{Ending, Life, Record};
 use super::references::{Kind, ReadFailed, References};
@@ -194,6 +195,8 @@ pub struct Actor {
     pub bundle: Bundle,
     /// What is left of tasks.
     pub shims: Shims,
+    /// Keeps runc from waiting for the kernel.
+    pub moves: Moves,
     /// The versions of this node.
     pub versions: Versions,
     /// The snapshotters that may have a layer of a bot.
@@ -514,7 +517,7 @@ impl Actor {
                 _ => Ok(Ok(())),
             }
         };
-        let (connected, created) = tokio::join!(connected, created);
+        let (connected, created) = self.moves.quick(async { tokio::join!(connected, created) }).await;
         match (connected, created?) {
             (connected, Ok(())) => connected,
             // A network that failed takes its namespace along, and the creation under way with it: no fault of the bot's.

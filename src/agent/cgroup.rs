@@ -25,7 +25,8 @@ pub struct Cgroups {
     parent: String,
 }
 
-const ROOT: &str = "/sys/fs/cgroup";
+/// Where hierarchies are mounted.
+pub(super) const ROOT: &str = "/sys/fs/cgroup";
 
 /// How often the processes of a cgroup are looked for and killed.
 const KILL_ROUNDS: u32 = 3;

@@ -84,6 +84,14 @@ impl Pod {
         }
         rustix::thread::move_into_link_name_space(host.as_fd(), Some(LinkNameSpaceType::Mount))
             .context("can't enter the host's mount namespace; the agent's Pod must be privileged")?;
+        // So that /proc/self/cgroup tells paths of the host; on cgroup v2 a container has a namespace of its own for them.
+        let path = format!("/proc/{}/ns/cgroup", shim.as_raw_nonzero());
+        File::open(&path)
+            .map_err(anyhow::Error::new)
+            .and_then(|host| {
+                Ok(rustix::thread::move_into_link_name_space(host.as_fd(), Some(LinkNameSpaceType::ControlGroup))?)
+            })
+            .with_context(|| format!("can't enter the host's cgroup namespace, {path}"))?;
         let mut pod =
             Self { root, _mounts: own, config: None, cluster_dns: cluster_dns(&ResolvConf::parse(&resolv_conf)) };
         pod.config = config.map(|mut config| {

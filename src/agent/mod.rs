@@ -23,7 +23,7 @@
 //! replace.rs another layer in the place of the bot's own
 //! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
 //! snapshot/  BotSnapshots: the same loop once more              version.rs  versions in containerd     gate.rs   who may touch a bot now
-//! diff.rs    containerd's own diff, where a layer has no directory
+//! diff.rs    containerd's own diff, where a layer has no directory                                    moves.rs  quick moves between cgroups
 //! shim.rs    what is left of tasks that containerd lost         failpoint.rs   where tests make the agent die
 //! ```
 //!
@@ -47,6 +47,7 @@ pub mod host;
 pub mod labels;
 pub mod lineage;
 pub mod metrics;
+pub mod moves;
 pub mod node;
 pub mod observe;
 pub mod plan;
@@ -104,6 +105,7 @@ use bundle::Bundle;
 use cgroup::Cgroups;
 use host::Host;
 use metrics::Metrics;
+use moves::Moves;
 use node::{NodeFacts, Registration};
 use observe::Observer;
 use publish::Publisher;
@@ -288,6 +290,7 @@ pub async fn run(args: AgentArgs, host: Host, stop: CancellationToken) -> anyhow
             account,
             bundle,
             shims: shims.clone(),
+            moves: Moves::new(cgroups.version()),
             versions,
             snapshotters: snapshotters.clone(),
         },
