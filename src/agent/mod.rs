@@ -19,8 +19,8 @@
 //! record.rs  what is noted on the container, so that the agent needs no memory of its own
 //! step.rs    the steps: what each leaves behind when it is cut off
 //! cost.rs    what a change of each spec field costs             skills.rs  spec.skills -> files in the bot's data
+//! begin.rs   what all else stands on                                        events.rs containerd's event stream
 //! node.rs    BotNode and Lease          sweep.rs   what nobody owns          disk.rs   unused images, disk pressure
-//! replace.rs another layer in the place of the bot's own
 //! floor.rs   which runtimes are too old, or let bots out                     lineage.rs what the layer stands on
 //! snapshot/  BotSnapshots: the same loop once more              version.rs  versions in containerd     gate.rs   who may touch a bot now
 //! diff.rs    containerd's own diff, where a layer has no directory                                    moves.rs  quick moves between cgroups
@@ -33,6 +33,7 @@
 pub mod account;
 pub mod act;
 pub mod args;
+mod begin;
 pub mod bundle;
 pub mod cgroup;
 pub mod cleanup;
@@ -40,6 +41,7 @@ pub mod cost;
 pub mod desired;
 pub mod diff;
 pub mod disk;
+mod events;
 pub mod failpoint;
 pub mod floor;
 pub mod gate;
@@ -54,7 +56,6 @@ pub mod plan;
 pub mod publish;
 pub mod record;
 pub mod references;
-pub mod replace;
 pub mod root;
 pub mod run;
 pub mod shim;
@@ -66,23 +67,19 @@ pub mod step;
 pub mod sweep;
 pub mod version;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use containerd_client::events::{TaskExit, TaskOom, TaskPaused, TaskResumed, TaskStart};
-use containerd_client::services::v1::{CreateNamespaceRequest, ListTasksRequest, Namespace, SubscribeRequest};
+use containerd_client::services::v1::ListTasksRequest;
 use containerd_client::types::v1::{Process, Status as TaskState};
 use futures::StreamExt as _;
 use kube::Api;
 use kube::runtime::reflector::store;
 use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt as _, watcher};
-use prost::Message as _;
-use rustix::fs::FlockOperation;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -90,7 +87,7 @@ use tokio_util::sync::CancellationToken;
 pub use args::AgentArgs;
 
 use crate::api::condition::{Reason, chain};
-use crate::api::ids::{BotUid, ContainerId};
+use crate::api::ids::BotUid;
 use crate::api::{BotContainer, BotSnapshot};
 use crate::containerd::{CallContext as _, CallFailed, Containerd};
 use crate::image::Images;
@@ -101,8 +98,10 @@ use crate::telemetry::Health;
 
 use account::Account;
 use act::Actor;
+use begin::{ensure_namespace, lock_host, prepare_directories, until_done};
 use bundle::Bundle;
 use cgroup::Cgroups;
+use events::{Heard, follow_events};
 use host::Host;
 use metrics::Metrics;
 use moves::Moves;
@@ -557,80 +556,6 @@ fn wake(loops: &mut Loops, shared: &Arc<Shared>, bot: &BotContainer, reason: &'s
     }
 }
 
-/// Does what all else stands on, again and again until it is done: a disk that is full or read-only is mended, and an
-/// agent that ends for it says no more than one that waits. `None` when the agent is to stop.
-async fn until_done<T>(
-    metrics: &Metrics,
-    stop: &CancellationToken,
-    mut attempt: impl AsyncFnMut() -> Result<T, (Reason, anyhow::Error)>,
-) -> Option<T> {
-    let mut wait = Duration::from_secs(1);
-    loop {
-        match attempt().await {
-            Ok(done) => return Some(done),
-            Err((reason, error)) => {
-                metrics.error(reason);
-                tracing::error!(%reason, retry_in = ?wait, error = format!("{error:#}"), "the agent can't begin");
-            }
-        }
-        tokio::select! {
-            () = tokio::time::sleep(run::jittered(wait)) => {}
-            () = stop.cancelled() => return None,
-        }
-        wait = (wait * 2).min(Duration::from_secs(30));
-    }
-}
-
-/// Makes the agent's folders; gives the file of its lock.
-fn prepare_directories(args: &AgentArgs) -> anyhow::Result<fs::File> {
-    let dirs = [
-        args.run_dir.clone(),
-        args.state_dir.clone(),
-        args.log_dir.clone(),
-        args.mnt_dir(),
-        args.files_dir(),
-        args.debts_dir(),
-        args.snapshots_dir(),
-    ];
-    for dir in dirs {
-        fs::create_dir_all(&dir).with_context(|| format!("can't create {}", dir.display()))?;
-    }
-    ensure_tmpfs(&args.files_dir())?;
-    let path = args.state_dir.join("agent.lock");
-    fs::File::create(&path).with_context(|| format!("can't create {}", path.display()))
-}
-
-/// Secret values must not come onto a disk: where `/run` is none, a tmpfs is mounted.
-fn ensure_tmpfs(dir: &Path) -> anyhow::Result<()> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    let found = rustix::fs::statfs(dir).with_context(|| format!("can't look at {}", dir.display()))?;
-    if u64::try_from(found.f_type).is_ok_and(|magic| magic == TMPFS_MAGIC) {
-        return Ok(());
-    }
-    let flags =
-        rustix::mount::MountFlags::NOSUID | rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC;
-    rustix::mount::mount("berth", dir, "tmpfs", flags, Some(c"mode=0700"))
-        .with_context(|| format!("can't mount a tmpfs on {}", dir.display()))
-}
-
-/// Waits until no other agent of this node runs. The lock goes with the process, however that ends.
-async fn lock_host(file: fs::File) -> anyhow::Result<fs::File> {
-    let mut told = false;
-    loop {
-        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                if !told {
-                    tracing::warn!("another agent of this node runs; waiting until it ends");
-                    told = true;
-                }
-                tokio::time::sleep(Duration::from_millis(500)).await;
-            }
-            Err(error) => return Err(error).context("can't lock agent.lock in the state directory"),
-        }
-    }
-}
-
 /// Says whether the node is drained, by what containerd has: the node's holder Pod waits for it.
 async fn tell_drained(
     containerd: Containerd,
@@ -655,27 +580,6 @@ async fn tell_drained(
         tokio::select! {
             () = tokio::time::sleep(DRAINED), if wanted => {}
             changed = draining.changed() => if changed.is_err() { return },
-            () = stop.cancelled() => return,
-        }
-    }
-}
-
-/// containerd makes a namespace by itself at the first use, but without it `ctr` and the sweeper see an error instead of
-/// nothing. Waits for containerd where it is away.
-async fn ensure_namespace(containerd: &Containerd, stop: &CancellationToken) {
-    loop {
-        let name = containerd.namespace().to_owned();
-        let request =
-            CreateNamespaceRequest { namespace: Some(Namespace { name: name.clone(), ..Namespace::default() }) };
-        match containerd.namespaces().create(containerd.request(request)).await.call("create namespace", name) {
-            Ok(_) => return,
-            Err(error) if error.is_already_exists() => return,
-            Err(error) => tracing::warn!(
-                error = %chain(&error), socket = %containerd.address().display(), "containerd can't be used; tried again"
-            ),
-        }
-        tokio::select! {
-            () = tokio::time::sleep(run::jittered(Duration::from_secs(2))) => {}
             () = stop.cancelled() => return,
         }
     }
@@ -716,87 +620,6 @@ async fn keep_logger(output: Output, stop: CancellationToken) {
             () = tokio::time::sleep(run::jittered(Duration::from_secs(5))) => {}
             () = stop.cancelled() => return,
         }
-    }
-}
-
-/// What containerd's event stream says.
-enum Heard {
-    /// Something happened to a bot's task.
-    Task(BotUid),
-    /// containerd was away, and anything may have happened.
-    Back,
-}
-
-/// Turns containerd's task events into triggers.
-async fn follow_events(containerd: Containerd, wake: mpsc::Sender<Heard>, stop: CancellationToken) {
-    let mut broken = false;
-    let filter = format!("namespace=={},topic~=\"/tasks/\"", containerd.namespace());
-    loop {
-        let mut request = tonic::Request::new(SubscribeRequest { filters: vec![filter.clone()] });
-        // No deadline: the stream lives as long as containerd.
-        *request.metadata_mut() = containerd.request(()).metadata().clone();
-        request.metadata_mut().remove("grpc-timeout");
-        let mut events = containerd.events();
-        // What is missed while the stream is down is made good by a look at all. Asked beside it: containerd answers a
-        // subscription with its first event, however long nothing happens.
-        let back = async {
-            if broken && containerd.version().version(containerd.request(())).await.is_ok() {
-                // Nobody listens any more only where the agent ends.
-                let _ = wake.send(Heard::Back).await;
-                broken = false;
-            }
-        };
-        let subscribed = tokio::select! {
-            (subscribed, ()) = async { tokio::join!(events.subscribe(request), back) } => subscribed,
-            () = stop.cancelled() => return,
-        };
-        match subscribed {
-            Ok(stream) => {
-                let mut stream = stream.into_inner();
-                loop {
-                    let message = tokio::select! {
-                        message = stream.message() => message,
-                        () = stop.cancelled() => return,
-                    };
-                    match message {
-                        Ok(Some(envelope)) => {
-                            let uid = envelope
-                                .event
-                                .as_ref()
-                                .and_then(|event| container_of(&envelope.topic, &event.value))
-                                .and_then(|id| ContainerId::uid_of(&id));
-                            if let Some(uid) = uid
-                                && wake.send(Heard::Task(uid)).await.is_err()
-                            {
-                                return;
-                            }
-                        }
-                        Ok(None) => break,
-                        Err(error) => {
-                            tracing::warn!(error = %error.message(), "containerd's event stream broke; it is made anew");
-                            break;
-                        }
-                    }
-                }
-            }
-            Err(error) => tracing::debug!(error = %error.message(), "no event stream of containerd"),
-        }
-        broken = true;
-        tokio::select! {
-            () = tokio::time::sleep(run::jittered(Duration::from_secs(1))) => {}
-            () = stop.cancelled() => return,
-        }
-    }
-}
-
-fn container_of(topic: &str, event: &[u8]) -> Option<String> {
-    match topic {
-        "/tasks/exit" => TaskExit::decode(event).ok().map(|event| event.container_id),
-        "/tasks/oom" => TaskOom::decode(event).ok().map(|event| event.container_id),
-        "/tasks/paused" => TaskPaused::decode(event).ok().map(|event| event.container_id),
-        "/tasks/resumed" => TaskResumed::decode(event).ok().map(|event| event.container_id),
-        "/tasks/start" => TaskStart::decode(event).ok().map(|event| event.container_id),
-        _ => None,
     }
 }
 

@@ -1,5 +1,4 @@
-//! Another layer in the place of a bot's own: of a version, on another image, or none any more. Does steps, decides nothing, as
-//! [`super::act`], which these belong to.
+//! Another layer in the place of a bot's own: of a version, on another image, or none any more.
 //!
 //! ```text
 //! rollback       CopyAside ................ SwitchLayer   SettleReplaced: kept as a version, or removed
@@ -14,13 +13,13 @@ use jiff::Timestamp;
 
 use crate::layer::Job;
 
-use super::act::{Actor, StepError, Work};
-use super::desired::{Rollback, Target};
-use super::failpoint::{Effect, around};
-use super::labels;
-use super::observe;
-use super::record::{Aside, AsideFor, Record};
-use super::version::{Taken, Version, VersionError, is_filling};
+use super::super::desired::{Rollback, Target};
+use super::super::failpoint::{Effect, around};
+use super::super::labels;
+use super::super::observe;
+use super::super::record::{Aside, AsideFor, Record};
+use super::super::version::{Taken, Version, VersionError, is_filling};
+use super::{Actor, StepError, Work};
 
 impl Actor {
     fn target<'w>(&self, work: &'w Work<'_>) -> Result<&'w Target, StepError> {
