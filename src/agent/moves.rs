@@ -48,24 +48,35 @@ impl Moves {
 }
 
 async fn keep(version: Version) -> Infallible {
-    loop {
-        let made = tokio::task::spawn_blocking(move || stay(version)).await;
-        if let Err(error) = made.unwrap_or_else(|join| Err(io::Error::other(join))) {
+    let own = match own(version) {
+        Ok(own) => own,
+        Err(error) => {
             tracing::debug!(%error, "moves between cgroups are not kept quick");
             return std::future::pending().await;
         }
+    };
+    loop {
+        let own = own.clone();
+        // That it fails is no worse than that it was not tried.
+        let _ = tokio::task::spawn_blocking(move || stay(&own)).await;
         tokio::time::sleep(EVERY).await;
     }
 }
 
-/// Moves this process into the cgroup where it is. Blocks.
-fn stay(version: Version) -> io::Result<()> {
+/// The file that lists this process.
+fn own(version: Version) -> io::Result<PathBuf> {
     let own = procs_file(version, &fs::read_to_string("/proc/self/cgroup")?).ok_or(io::ErrorKind::NotFound)?;
     // In a cgroup namespace of one's own the path is another's: that of its root, for one.
     let pid = std::process::id().to_string();
-    if !fs::read_to_string(&own)?.lines().any(|line| line == pid) {
-        return Err(io::Error::other(format!("{} does not list this process", own.display())));
+    if fs::read_to_string(&own)?.lines().any(|line| line == pid) {
+        Ok(own)
+    } else {
+        Err(io::Error::other(format!("{} does not list this process", own.display())))
     }
+}
+
+/// Moves this process into the cgroup where it is. Blocks.
+fn stay(own: &Path) -> io::Result<()> {
     fs::OpenOptions::new().write(true).open(own)?.write_all(b"0")
 }
 
@@ -114,7 +125,7 @@ mod tests {
         let version = Cgroups::detect("berth").version();
         let told = || fs::read_to_string("/proc/self/cgroup").unwrap();
         let before = told();
-        stay(version).unwrap();
+        stay(&own(version).unwrap()).unwrap();
         let moves = Moves::new(version);
         let done = moves.quick(async { moves.clone().quick(std::future::ready(7)).await }).await;
         assert_eq!((done, told()), (7, before));
