@@ -41,7 +41,7 @@ use super::sweep::Orphan;
 
 /// How long a bot may be on its way before its status says so: most starts and stops are over by then, those of a burst too, and a
 /// status that holds for a moment is a write too many. On an API server that is busy such writes are what slows down the next bot.
-const TELL_AFTER: Duration = Duration::from_secs(2);
+const TELL_AFTER: Duration = Duration::from_secs(3);
 /// How often at most it is told where else the bot has come on that way.
 const TELL_AGAIN: Duration = Duration::from_secs(5);
 

@@ -26,7 +26,7 @@ async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {
     assert!(!alive(pid(&polite)));
 
     // One that does not is killed after it, and not before.
-    let deaf = stage.runs(bot("deaf").sh(DEAF).grace(4)).await;
+    let deaf = stage.runs(bot("deaf").sh(DEAF).grace(8)).await;
     read_in(&deaf, "/data/begun").await;
     let start = Instant::now();
     stage.ns.bots().delete("deaf", &DeleteParams::default()).await.unwrap();
@@ -41,7 +41,7 @@ async fn deletion_gives_the_grace_period_then_kills_and_leaves_nothing() {
     })
     .await;
     let took = start.elapsed();
-    assert!((Duration::from_secs(4)..Duration::from_secs(20)).contains(&took), "{took:?}");
+    assert!((Duration::from_secs(8)..Duration::from_secs(24)).contains(&took), "{took:?}");
     assert!(!alive(pid(&deaf)));
 
     // Paused, stopped, waiting for its next try, without grace, and one with children that hold on to its output.
