@@ -100,6 +100,8 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
             "value: 7",
             "helm.sh/hook: pre-delete",
             "--timeout-seconds=61",
+            // All that its account may do.
+            "rules:\n- apiGroups: [berth.dev]\n  resources: [botcontainers, botsnapshots]\n  verbs: [list, watch, delete]\n---",
         ],
         &["ghcr.io", "topologyKey", "helm.sh/resource-policy"],
     ),

@@ -57,6 +57,8 @@ pub struct Life {
     pub run: Duration,
     pub pause: Duration,
     pub resume: Duration,
+    /// The same of another container, with containerd's seccomp profile, which `ctr run` has only where it is asked for.
+    pub run_with_seccomp: Duration,
     /// TERM, until the process is gone and its task deleted.
     pub stop: Duration,
     /// `stop`, and container and layer deleted.
@@ -113,8 +115,15 @@ impl Ctr {
         let pause = self.job(move |place| place.ctr(&["tasks", "pause", &own])).await?;
         let own = id.clone();
         let resume = self.job(move |place| place.ctr(&["tasks", "resume", &own])).await?;
-        let (stop, delete) = self.job(move |place| place.end(&id)).await?;
-        Ok(Life { run, pause, resume, stop, delete })
+        let own = id.clone();
+        let (stop, delete) = self.job(move |place| place.end(&own)).await?;
+        tokio::time::sleep(settle).await;
+        let confined = format!("{id}-confined");
+        let own = confined.clone();
+        let run_with_seccomp = self.job(move |place| place.run_with(&own, &["--seccomp"])).await?;
+        tokio::time::sleep(settle).await;
+        self.job(move |place| place.end(&confined)).await?;
+        Ok(Life { run, run_with_seccomp, pause, resume, stop, delete })
     }
 
     /// Starts many, [`WORKERS`] at a time; how long all of it took.
@@ -230,9 +239,14 @@ impl Ctr {
 
 impl Place {
     fn run(&self, id: &str) -> anyhow::Result<Duration> {
+        self.run_with(id, &[])
+    }
+
+    fn run_with(&self, id: &str, more: &[&str]) -> anyhow::Result<Duration> {
         let (fifos, name) = (self.fifos.display().to_string(), format!("BOT_NAME={id}"));
         // containerd's own folder for FIFOs would be the machine's.
-        self.ctr(&["run", "--detach", "--cni", "--fifo-dir", &fifos, "--env", &name, &self.image, id])
+        let words = ["run", "--detach", "--cni", "--fifo-dir", &fifos, "--env", &name];
+        self.ctr(&[&words, more, &[&self.image, id]].concat())
     }
 
     /// TERM as a person would, then all that is left; the time until the task was gone, and until all was.

@@ -186,8 +186,9 @@ async fn lives(bots: &Bots, ctr: &Ctr) -> anyhow::Result<Vec<Figure>> {
     let ms = |name, ours: &Samples| Figure::median(name, "ms", Better::Lower, ours);
 
     let p50 = |of: fn(&Ours) -> Duration| us(of).map(|samples| samples.percentile(50));
+    let confined = them(|t| t.run_with_seccomp)?.percentile(50);
     let stages = format!(
-        "of it, p50: applied {:.0} ms, finalizer seen {:.0}, bound {:.0}",
+        "with --seccomp, as a bot is, it took {confined:.1} ms; of ours, p50: applied {:.0} ms, finalizer seen {:.0}, bound {:.0}",
         p50(|o| o.start.applied)?,
         p50(|o| o.start.finalizer)?,
         p50(|o| o.start.bound)?
