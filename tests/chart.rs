@@ -100,8 +100,6 @@ const CASES: [(&str, &str, &[&str], &[&str]); 3] = [
             "value: 7",
             "helm.sh/hook: pre-delete",
             "--timeout-seconds=61",
-            // All that its account may do.
-            "rules:\n- apiGroups: [berth.dev]\n  resources: [botcontainers, botsnapshots]\n  verbs: [list, watch, delete]\n---",
         ],
         &["ghcr.io", "topologyKey", "helm.sh/resource-policy"],
     ),
@@ -162,6 +160,24 @@ fn the_chart_renders_what_its_values_say_and_an_api_server_takes_it() {
         }
         taken(cluster, what, &objects);
     }
+}
+
+#[test]
+fn the_account_of_the_uninstall_may_list_and_delete_bots_and_versions_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = dir.path().join("values.yaml");
+    fs::write(&values, "crds: {keep: false}").unwrap();
+    let objects = run(&mut template(&values, &MUTATING));
+    let roles: Vec<&str> = objects
+        .split("\n---\n")
+        .filter(|object| object.contains("\nkind: ClusterRole\n") && object.contains("\n  name: berth-delete-all\n"))
+        .collect();
+    let [role] = roles[..] else { panic!("{} roles in\n{objects}", roles.len()) };
+    let (_, rules) = role.split_once("\nrules:\n").unwrap();
+    assert_eq!(
+        rules.trim_end(),
+        "- apiGroups: [berth.dev]\n  resources: [botcontainers, botsnapshots]\n  verbs: [list, watch, delete]"
+    );
 }
 
 /// What an API server does not know it is not sent.
