@@ -20,6 +20,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::api::{Api, DeleteParams, ListParams, Preconditions};
 use kube::runtime::reflector::store;
+use kube::runtime::reflector::store::Writer;
 use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, Resource, ResourceExt};
@@ -89,26 +90,8 @@ async fn delete(client: Client, timeout: Duration, stop: CancellationToken) -> a
     loop {
         // Nothing is lost by an arm that is not taken: the streams keep what they have, and the rest is times.
         tokio::select! {
-            event = bots_seen.next() => match event.context("the watch of BotContainers ended")? {
-                Ok(event) => {
-                    listed.0 |= matches!(event, Event::InitDone);
-                    bots_writer.apply_watcher_event(&event);
-                }
-                Err(error) => {
-                    tracing::warn!(error = %chain(&error), "the watch of BotContainers failed; it is made anew");
-                    refused = Some(chain(&error));
-                }
-            },
-            event = versions_seen.next() => match event.context("the watch of BotSnapshots ended")? {
-                Ok(event) => {
-                    listed.1 |= matches!(event, Event::InitDone);
-                    versions_writer.apply_watcher_event(&event);
-                }
-                Err(error) => {
-                    tracing::warn!(error = %chain(&error), "the watch of BotSnapshots failed; it is made anew");
-                    refused = Some(chain(&error));
-                }
-            },
+            event = bots_seen.next() => refused = take(event, &mut bots_writer, &mut listed.0)?.or(refused),
+            event = versions_seen.next() => refused = take(event, &mut versions_writer, &mut listed.1)?.or(refused),
             _ = look.tick(), if listed == (true, true) => {
                 let left = Left { bots: bots.state(), versions: versions.state() };
                 if left.is_nothing() {
@@ -132,6 +115,29 @@ async fn delete(client: Client, timeout: Duration, stop: CancellationToken) -> a
                 );
             }
             () = stop.cancelled() => anyhow::bail!("told to stop before all was gone; do this again"),
+        }
+    }
+}
+
+/// Takes what a watch brought; why it broke, if it did, which it is made anew for.
+fn take<K>(
+    event: Option<Result<Event<K>, watcher::Error>>,
+    writer: &mut Writer<K>,
+    listed: &mut bool,
+) -> anyhow::Result<Option<String>>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    let kind = K::kind(&());
+    match event.with_context(|| format!("the watch of {kind}s ended"))? {
+        Ok(event) => {
+            *listed |= matches!(event, Event::InitDone);
+            writer.apply_watcher_event(&event);
+            Ok(None)
+        }
+        Err(error) => {
+            tracing::warn!(%kind, error = %chain(&error), "the watch failed; it is made anew");
+            Ok(Some(chain(&error)))
         }
     }
 }

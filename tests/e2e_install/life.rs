@@ -302,7 +302,6 @@ async fn a_chart_is_installed_upgraded_and_taken_off() {
     assert!(Api::<Deployment>::namespaced(client.clone(), SYSTEM_NAMESPACE).get("berth-controller").await.is_ok());
     held(json!([])).await;
     berth.helm(&["uninstall", "berth", "--wait"]);
-    let kubectl = |words: &[&str]| run(berth.cluster.command(berth.cluster.dir().join("bin/kubectl")).args(words));
     let left = kubectl(&["get", "crd,clusterrole,clusterrolebinding,namespace", "-o", "name"]);
     let of_berth: Vec<&str> = left.lines().filter(|line| line.contains("berth")).collect();
     assert_eq!(of_berth, ["namespace/berth-system"], "what `--create-namespace` made is not of the chart");
